@@ -1,0 +1,165 @@
+"""Scheme: which weights live and die together. THE idea of Espalier.
+
+A rule = structure + snap + free: it snaps the groups that lose least by it and leaves the share `free` of
+them alone. That is the Euclidean projection onto the weights that the rule allows. A scheme applies its
+rules in order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from espalier.errors import SchemeError
+from espalier.sparsity.snaps import Snap
+from espalier.sparsity.structures import Structure
+
+
+@dataclass(frozen=True)
+class Rule:
+    """structure + snap + the share of groups left alone (0..1)."""
+
+    structure: Structure
+    snap: Snap
+    free: float = 0.0
+
+    def groups(self, w: Tensor, conv_groups: int = 1) -> Tensor:
+        """The matrix ``[groups, size]`` of `w` in this rule's structure."""
+        return self.structure.groups(w, conv_groups)
+
+    def norms(self, w: Tensor, conv_groups: int = 1) -> Tensor:
+        """The l2 norm of every group, shape ``[groups]``; differentiable where it is not zero."""
+        return self.structure.sum(w.square(), conv_groups).sqrt()
+
+    def chosen(self, w: Tensor, conv_groups: int = 1) -> Tensor:
+        """Boolean ``[groups]``: the groups that lose least by the snap, all but the share `free`."""
+        wide = w.detach().to(torch.float32) if w.dtype in (torch.float16, torch.bfloat16) else w.detach()
+        loss = self.snap.loss(wide, self.structure, conv_groups)
+        if torch.isnan(loss.sum()):
+            raise SchemeError("the weights hold NaN: training has diverged; lower the learning rate or rho")
+        dead = 0
+        if self.snap.skips_dead:
+            alive = self.structure.sum(wide.abs(), conv_groups) > 0
+            dead = int(alive.numel() - alive.sum())
+            loss = loss.masked_fill(~alive, -1.0)
+        count = loss.numel() - dead
+        return _lowest(loss, dead + count - kept(self.free, count))
+
+    def project(self, w: Tensor, conv_groups: int = 1) -> Tensor:
+        """``argmin ||p - w||`` over the weights p that the rule allows; shape and dtype of `w`."""
+        return self.snap.apply(w.detach(), self.structure, conv_groups, self.chosen(w, conv_groups))
+
+    def mask(self, w: Tensor, conv_groups: int = 1) -> Tensor:
+        """Boolean, shape of `w`: the entries that stay alive in the projection."""
+        return self.snap.mask(w.detach(), self.structure, conv_groups, self.chosen(w, conv_groups))
+
+
+@dataclass(frozen=True)
+class Tie:
+    """The blocks of one rule that share a magnitude: `tied` bool ``[groups]`` in `structure`."""
+
+    structure: Structure
+    tied: Tensor
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A scheme once its choice is made: the linear space in which the weight goes on training.
+
+    mask: boolean, shape of the weight. signs: sign of each entry, of use where blocks are tied (else None).
+    `apply` is the orthogonal projection onto that space: pruned entries are zero, tied blocks keep their
+    signs and share the mean magnitude, which is what learning one magnitude per block comes to.
+    """
+
+    mask: Tensor
+    conv_groups: int = 1
+    ties: tuple[Tie, ...] = ()
+    signs: Tensor | None = None
+
+    def apply(self, w: Tensor) -> Tensor:
+        """The nearest weight with this support and these ties; shape and dtype of `w`."""
+        w = w * self.mask
+        for tie in self.ties:
+            assert self.signs is not None
+            signs = self.signs.to(w.dtype) * self.mask
+            total = tie.structure.sum(signs * w, self.conv_groups)
+            mean = (total / tie.structure.sum(signs.abs(), self.conv_groups).clamp_min(1)).clamp_min(0)
+            tied = tie.structure.spread(tie.tied, w.shape, self.conv_groups)
+            w = torch.where(tied, signs * tie.structure.spread(mean, w.shape, self.conv_groups), w)
+        return w
+
+    def tighten(self, mask: Tensor) -> Frozen:
+        """The same with only the entries that `mask` keeps too."""
+        return Frozen(self.mask & mask, self.conv_groups, self.ties, self.signs)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One or more rules, applied in order. Made by `catalog.scheme`.
+
+    density: the kept share of weights it aims at (unification does not change it).
+
+    >>> from espalier.sparsity.catalog import scheme
+    >>> scheme("filter", density=0.5).project(torch.tensor([[3.0, 4.0], [1.0, 1.0]]))
+    tensor([[3., 4.],
+            [0., 0.]])
+    """
+
+    name: str
+    density: float
+    rules: tuple[Rule, ...]
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def project(self, w: Tensor, conv_groups: int = 1) -> Tensor:
+        """`w` after every rule in turn. With one rule: the nearest weight that the scheme allows."""
+        for rule in self.rules:
+            w = rule.project(w, conv_groups)
+        return w
+
+    def mask(self, w: Tensor, conv_groups: int = 1) -> Tensor:
+        """Boolean, shape of `w`: the entries that every rule in turn leaves alive."""
+        mask = torch.ones_like(w, dtype=torch.bool)
+        for rule in self.rules:
+            mask &= rule.mask(w, conv_groups)
+            w = rule.project(w, conv_groups)
+        return mask
+
+    def groups(self, w: Tensor, conv_groups: int = 1) -> tuple[Tensor, ...]:
+        """The matrix ``[groups, size]`` of `w` for every rule."""
+        return tuple(rule.groups(w, conv_groups) for rule in self.rules)
+
+    def freeze(self, w: Tensor, conv_groups: int = 1) -> Frozen:
+        """The support and ties that this scheme chooses for `w`, from now on fixed."""
+        mask, ties = torch.ones_like(w, dtype=torch.bool), []
+        for rule in self.rules:
+            chosen = rule.chosen(w, conv_groups)
+            mask &= rule.snap.mask(w.detach(), rule.structure, conv_groups, chosen)
+            if rule.snap.ties:
+                ties.append(Tie(rule.structure, chosen))
+            w = rule.snap.apply(w.detach(), rule.structure, conv_groups, chosen)
+        return Frozen(mask, conv_groups, tuple(ties), w.sign().to(torch.int8) if ties else None)
+
+
+def kept(share: float, count: int) -> int:
+    """How many of `count` groups a share keeps: rounded, and at least one unless the share is 0."""
+    return 0 if share <= 0 else min(count, max(1, math.floor(share * count + 0.5)))
+
+
+def _lowest(loss: Tensor, count: int) -> Tensor:
+    """Boolean mask of exactly `count` entries with the lowest loss; ties go to the first."""
+    if count <= 0 or count >= loss.numel():
+        return torch.full_like(loss, count > 0, dtype=torch.bool)
+    if loss.is_cuda:
+        threshold = loss.kthvalue(count).values
+    else:  # numpy's vectorised quickselect is several times faster than torch's here
+        threshold = torch.from_numpy(np.partition(loss.numpy(), count - 1)[count - 1 : count])[0]
+    below, equal = loss < threshold, loss == threshold
+    missing = count - int(below.sum())
+    if missing < int(equal.sum()):
+        equal[equal.nonzero()[missing:, 0]] = False
+    return below | equal
