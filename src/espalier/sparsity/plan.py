@@ -1,12 +1,12 @@
 """Plan: site -> scheme, by name or glob. In a file it is TOML:
 
-    [[site]]
-    match = "layer*"            # a site, its module, or a glob over either; later entries override earlier ones
-    scheme = "block_punched"    # or "dense": leave it alone
-    density = 0.2
-    m = 8
-    n = 4
-    unfit = "dense"             # what to do where the scheme does not fit: "error" (the default) or "dense"
+[[site]]
+match = "layer*"            # a site, its module, or a glob over either; later entries override earlier ones
+scheme = "block_punched"    # or "dense": leave it alone
+density = 0.2
+m = 8
+n = 4
+unfit = "dense"             # what to do where the scheme does not fit: "error" (the default) or "dense"
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class Plan:
                 raise PlanError(_unmatched(entry.match, sites))
         resolved: dict[str, Scheme] = {}
         for name, site in sites.items():
-            entry = next((e for e in reversed(self.entries) if e.matches(name)), None)
-            if entry is None or entry.scheme is None:
+            entry = next((e for e in reversed(self.entries) if e.matches(name)), Entry(name, None))
+            if entry.scheme is None:
                 continue
             reason = unfit(entry.scheme, site)
             if reason is None:

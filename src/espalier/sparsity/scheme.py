@@ -42,13 +42,11 @@ class Rule:
         loss = self.snap.loss(wide, self.structure, conv_groups)
         if torch.isnan(loss.sum()):
             raise SchemeError("the weights hold NaN: training has diverged; lower the learning rate or rho")
-        dead = 0
+        sizes = self.structure.group_sizes(w.shape, conv_groups).to(w.device)
         if self.snap.skips_dead:
             alive = self.structure.sum(wide.abs(), conv_groups) > 0
-            dead = int(alive.numel() - alive.sum())
-            loss = loss.masked_fill(~alive, -1.0)
-        count = loss.numel() - dead
-        return _lowest(loss, dead + count - kept(self.free, count))
+            loss, sizes = loss.masked_fill(~alive, -1.0), sizes * alive
+        return ~_highest(loss, sizes, self.free)
 
     def project(self, w: Tensor, conv_groups: int = 1) -> Tensor:
         """``argmin ||p - w||`` over the weights p that the rule allows; shape and dtype of `w`."""
@@ -145,9 +143,20 @@ class Scheme:
         return Frozen(mask, conv_groups, tuple(ties), w.sign().to(torch.int8) if ties else None)
 
 
-def kept(share: float, count: int) -> int:
-    """How many of `count` groups a share keeps: rounded, and at least one unless the share is 0."""
-    return 0 if share <= 0 else min(count, max(1, math.floor(share * count + 0.5)))
+def _highest(loss: Tensor, sizes: Tensor, share: float) -> Tensor:
+    """The groups with the highest loss that together hold `share` of all entries, to within one group.
+
+    loss, sizes: ``[groups]``; a group of size 0 never counts. At least one group stays unless the share is 0.
+    """
+    full = sizes == sizes.max()
+    if bool(full.all()):
+        count = 0 if share <= 0 else min(loss.numel(), max(1, math.floor(share * loss.numel() + 0.5)))
+    else:  # edge blocks hold fewer weights than others: count weights, not groups
+        held = sizes[loss.argsort(descending=True, stable=True)].cumsum(0)
+        wanted = share * float(held[-1])
+        count = int((held <= wanted + 0.5 * float(sizes.max())).sum()) if share < 1 else int((sizes > 0).sum())
+        count = max(count, 1 if share > 0 and held[-1] > 0 else 0)
+    return ~_lowest(loss, loss.numel() - count)
 
 
 def _lowest(loss: Tensor, count: int) -> Tensor:

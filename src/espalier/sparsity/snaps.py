@@ -88,8 +88,8 @@ class KeepLargest(Snap):
         if size > 8:
             kept = matrix.abs().topk(min(self.keep, size), dim=1).indices
             return torch.zeros_like(matrix, dtype=torch.bool).scatter_(1, kept, True)
-        columns = matrix.abs().T.contiguous()  # counting wins in narrow groups: no sorting of millions of
-        rows support = torch.empty(columns.shape, dtype=torch.bool, device=matrix.device)
+        columns = matrix.abs().T.contiguous()  # counting beats sorting millions of narrow rows
+        support = torch.empty(columns.shape, dtype=torch.bool, device=matrix.device)
         for j in range(size):
             better = torch.zeros(columns.shape[1], dtype=torch.int8, device=matrix.device)
             for k in range(size):

@@ -9,6 +9,7 @@ multiple of m; padding entries carry no loss and never come back.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -56,6 +57,14 @@ class Structure:
         sizes = self._sizes(shape, conv_groups)
         view = repeat(vector, f"{self._group_axes} -> {self._left}", **sizes)
         return self._unview(view, shape, conv_groups)
+
+    def group_sizes(self, shape: torch.Size, conv_groups: int = 1) -> Tensor:
+        """How many weights each group holds, ``[groups]`` on the CPU: equal but for edge blocks, which hold fewer."""
+        if not any(self._padding(self._dims(shape, conv_groups))):
+            sizes = self._sizes(shape, conv_groups)
+            count = math.prod(sizes[letter] for letter in self._group_axes.strip("()").split())
+            return torch.tensor(float(math.prod(shape) // count)).expand(count)
+        return self.sum(torch.ones(shape), conv_groups)
 
     # -- the pattern, taken apart ------------------------------------------------------------------
 
