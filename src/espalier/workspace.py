@@ -1,0 +1,69 @@
+"""The folder of a compression run: settings, finished phases, results. Every file is written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from espalier.errors import TrainingError
+
+
+class Workspace:
+    """The output folder. A run that was killed finds here what it had finished.
+
+    out/run.json holds the settings; out/work/NAME.pt what phase NAME left behind; checkpoints lie beside it.
+    """
+
+    def __init__(self, out: str | Path, settings: dict[str, Any], resume: bool) -> None:
+        """Open the folder, or make it.
+
+        Raises TrainingError when another run's results are there, or `settings` differ from those being resumed.
+        """
+        self.path = Path(out)
+        record = self.path / "run.json"
+        if record.exists():
+            before = json.loads(record.read_text(encoding="utf-8"))
+            changed = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
+            if not resume:
+                raise TrainingError(f"{out} holds a run already: go on with it by --resume, or choose another --out")
+            if changed:
+                told = ", ".join(f"{k} (was {before.get(k)!r}, now {settings.get(k)!r})" for k in changed)
+                raise TrainingError(f"{out} cannot be resumed with other settings: {told}. Choose another --out")
+        self._guard(lambda: (self.path / "work").mkdir(parents=True, exist_ok=True))
+        self.write_text("run.json", json.dumps(settings, indent=1))
+
+    def checkpoint(self, phase: str) -> Path:
+        """Where the training loop keeps the checkpoint of a phase."""
+        return self.path / "work" / f"{phase}.checkpoint.pt"
+
+    def phase(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What phase `name` left behind (tensors and plain values); `work` is done only if it has not been."""
+        file = self.path / "work" / f"{name}.pt"
+        if not file.exists():
+            state = work()
+            part = file.with_suffix(".part")
+            self._guard(lambda: torch.save(state, part))
+            self._guard(lambda: os.replace(part, file))
+            self.checkpoint(name).unlink(missing_ok=True)
+        return torch.load(file, weights_only=True)
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a text file of the run."""
+        target, part = self.path / name, self.path / f"{name}.part"
+        self._guard(lambda: part.write_text(text, encoding="utf-8"))
+        self._guard(lambda: os.replace(part, target))
+        return target
+
+    def _guard(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write to {self.path}: {error.strerror or error}. What was finished is kept: "
+                "make room or permission, then go on with --resume"
+            ) from error
