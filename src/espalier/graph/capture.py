@@ -79,7 +79,7 @@ def _export(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise CaptureError(
                 f"torch.export cannot follow {type(model).__name__}: {first.strip()} "
-                "Does its forward branch on the values of tensors? Wrap the part that can be followed in a module of its own"
+                "Does its forward branch on values of tensors? Wrap the part that can be followed in a module"
             ) from error
 
 
