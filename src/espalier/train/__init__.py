@@ -1,0 +1,27 @@
+"""A loop for people who have none: data, zoo, training."""
+
+from espalier.train.data import DATA, Data, Split, load_data
+from espalier.train.files import download
+from espalier.train.loop import History, Recipe, Score, TrainHooks, evaluate, fit, recalibrate, seed_everything
+from espalier.train.zoo import ZOO, Network, build, example_shape, load_weights
+
+__all__ = [
+    "DATA",
+    "ZOO",
+    "Data",
+    "History",
+    "Network",
+    "Recipe",
+    "Score",
+    "Split",
+    "TrainHooks",
+    "build",
+    "download",
+    "evaluate",
+    "example_shape",
+    "fit",
+    "load_data",
+    "load_weights",
+    "recalibrate",
+    "seed_everything",
+]
