@@ -1,6 +1,6 @@
 """What weights may be: structures, snaps, schemes, plans."""
 
-from espalier.sparsity.catalog import CATALOG, scheme, unfit
+from espalier.sparsity.catalog import CATALOG, at_density, ceiling, scheme, unfit
 from espalier.sparsity.plan import Entry, Plan
 from espalier.sparsity.scheme import Frozen, Rule, Scheme
 from espalier.sparsity.snaps import BestPattern, EqualMagnitude, KeepLargest, Snap, Zero
@@ -19,6 +19,8 @@ __all__ = [
     "Snap",
     "Structure",
     "Zero",
+    "at_density",
+    "ceiling",
     "scheme",
     "unfit",
 ]

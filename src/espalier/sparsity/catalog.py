@@ -155,6 +155,22 @@ def scheme(name: str, density: float | None = None, **options: Any) -> Scheme:
     return Scheme(name, target, rules, dict(options))
 
 
+def ceiling(chosen: Scheme) -> float:
+    """The highest density that the scheme can be given: 1, or what its parts leave by themselves."""
+    rows = [_row(part) for part in chosen.name.split("+")]
+    settings = _settings(chosen.name, rows, dict(chosen.options))
+    return math.prod(v for v in map(_fixed_density, rows, settings) if v is not None)
+
+
+def at_density(chosen: Scheme, density: float) -> Scheme:
+    """The same scheme at another density, no higher than its `ceiling`.
+
+    >>> at_density(scheme("filter", 0.1), 0.5).rules[0].free
+    0.5
+    """
+    return scheme(chosen.name, min(density, ceiling(chosen)), **chosen.options)
+
+
 def unfit(chosen: Scheme, site: Site) -> str | None:
     """Why `site` cannot take the scheme, and what to write instead; None when it can."""
     rows = [_row(part) for part in chosen.name.split("+")]

@@ -108,8 +108,8 @@ def fit(
     """Train `model` in place by `recipe`.
 
     hooks: a `methods.Run`: its penalty joins the loss, its step follows the optimizer's.
-    checkpoint: a file written after every epoch, whole or not at all; with `resume` training goes on from it and ends bit
-        for bit (on a CPU) as if it had not been stopped.
+    checkpoint: a file written after every epoch, whole or not at all; with `resume` training goes on from it and, on a
+        CPU, ends bit for bit as if it had not been stopped.
 
     Raises TrainingError for a loss that is not finite, a checkpoint of something else, or a disk that is full.
     """
@@ -170,8 +170,8 @@ def _epoch(
         penalty = hooks.penalty() if hooks is not None else torch.zeros((), device=loss.device)
         if not torch.isfinite(loss + penalty):
             raise TrainingError(
-                f"the loss is {float(loss)} (penalty {float(penalty)}) in epoch {epoch + 1}, step {k + 1}: training has "
-                f"diverged. Try a lower learning rate than {recipe.lr}, a longer warm-up, or clip=1"
+                f"the loss is {float(loss)} (penalty {float(penalty)}) in epoch {epoch + 1}, step {k + 1}: training "
+                f"has diverged. Try a lower learning rate than {recipe.lr}, a longer warm-up, or clip=1"
             )
         optimizer.zero_grad()
         fabric.backward(loss + penalty)
@@ -211,7 +211,7 @@ def recalibrate(model: nn.Module, split: Split, batches: int = 50, batch_size: i
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # type: ignore[assignment]  # cumulative mean
+        norm.momentum = None  # cumulative mean
         norm.train()
     with torch.no_grad():
         for k, (x, _) in enumerate(split.batches(batch_size, shuffle=True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +41,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-    def shortcut(self, x: Tensor) -> Tensor:
-        return self.downsample(x) if self.downsample is not None else x
+        return F.relu(self.bn2(self.conv2(y)) + _shortcut(self, x))
 
 
 class Bottleneck(nn.Module):
@@ -65,7 +63,12 @@ class Bottleneck(nn.Module):
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
-        return F.relu(y + (self.downsample(x) if self.downsample is not None else x))
+        return F.relu(y + _shortcut(self, x))
+
+
+def _shortcut(block: nn.Module, x: Tensor) -> Tensor:
+    downsample: Any = block.downsample
+    return x if downsample is None else downsample(x)
 
 
 def _add_shortcut(block: nn.Module, inputs: int, width: int, stride: int, shortcut: str) -> None:

@@ -1,0 +1,222 @@
+"""The run protocol: what a training loop sees of a method.
+
+run = start(model, plan, method, example_inputs, steps=steps)
+loss = loss + run.penalty()      before backward
+run.step()                       after optimizer.step()
+run.finish()                     the weights lie in the plan; training may go on with step() and stays there
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier.errors import MethodError
+from espalier.graph import ExampleInputs, Graph, bury, capture
+from espalier.sparsity import Frozen, Plan, Scheme
+from espalier.sparsity.scheme import Tie
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight on its way into a scheme."""
+
+    site: str
+    weight: nn.Parameter
+    scheme: Scheme
+    conv_groups: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: `step` optimizer steps are done, of `steps` (None when not told)."""
+
+    step: int
+    steps: int | None
+
+    def share(self, method: str) -> float:
+        """0 at the start, 1 at the end. Raises MethodError when `steps` was not told."""
+        if self.steps is None:
+            raise MethodError(f"{method} needs to know how long the run is: es.start(..., steps=epochs * len(loader))")
+        return min(1.0, self.step / max(1, self.steps))
+
+
+State = dict[str, Tensor]
+
+
+class Method(ABC):
+    """How the weights are brought into the plan. Its fields are its settings; what changes in a run is in the state."""
+
+    @abstractmethod
+    def begin(self, targets: list[Target], progress: Progress) -> State:
+        """The state at the start of a run."""
+
+    def penalty(self, targets: list[Target], state: State, progress: Progress) -> Tensor | None:
+        """What is added to the loss (a scalar), or None."""
+        return None
+
+    @abstractmethod
+    def step(self, targets: list[Target], state: State, progress: Progress) -> None:
+        """After an optimizer step; `progress.step` counts it already."""
+
+    def land(self, target: Target, state: State) -> Frozen:
+        """The support that the weight is to have: what the scheme chooses for the weight as it is now."""
+        return target.scheme.freeze(target.weight.detach(), target.conv_groups)
+
+
+class Run:
+    """A method at work on a network. Made by `start`."""
+
+    def __init__(self, graph: Graph, schemes: Mapping[str, Scheme], method: Method, steps: int | None) -> None:
+        sites = graph.sites()
+        self.graph, self.method = graph, method
+        self.targets: list[Target] = []
+        for site, scheme in schemes.items():
+            weight = graph.tensors[site]
+            if not isinstance(weight, nn.Parameter):
+                raise MethodError(f"{site} is a buffer, not a parameter: leave it out of the plan")
+            self.targets.append(Target(site, weight, scheme, sites[site].conv_groups))
+        self._progress = Progress(0, steps)
+        self._state = method.begin(self.targets, self._progress)
+        self._frozen: dict[str, Frozen] = {}
+        self._buried: dict[str, Tensor] = {}
+
+    @property
+    def finished(self) -> bool:
+        return bool(self._frozen) or not self.targets
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """site -> boolean mask, once finished."""
+        return {site: frozen.mask for site, frozen in self._frozen.items()}
+
+    def penalty(self) -> Tensor:
+        """What to add to the loss: a scalar, zero when the method has none or the run is finished."""
+        made = None if self.finished else self.method.penalty(self.targets, self._on_device(), self._progress)
+        if made is None:
+            device = self.targets[0].weight.device if self.targets else torch.device("cpu")
+            return torch.zeros((), device=device)
+        return made
+
+    def step(self) -> None:
+        """Call it after every optimizer step: it drives the method, and keeps a finished run in its plan."""
+        with torch.no_grad():
+            if self.finished:
+                self._hold()
+                return
+            self._progress = Progress(self._progress.step + 1, self._progress.steps)
+            self.method.step(self.targets, self._on_device(), self._progress)
+
+    def finish(self) -> None:
+        """Bring the weights exactly into the plan and freeze their support.
+
+        The affine part of a filter that died dies with it (see `graph.bury`), so its channel is exactly zero.
+        Called again it changes nothing.
+        """
+        if self.finished:
+            return
+        with torch.no_grad():
+            self._frozen = {t.site: self.method.land(t, self._on_device()) for t in self.targets}
+            self._state = {}
+            self._settle()
+
+    def tighten(self, masks: Mapping[str, Tensor]) -> None:
+        """Remove more: only what `masks` keep too stays alive (purification). Raises MethodError before `finish`."""
+        if not self.finished:
+            raise MethodError("finish() the run before tightening it")
+        for site, mask in masks.items():
+            self._frozen[site] = self._frozen[site].tighten(mask.to(self._frozen[site].mask.device))
+        with torch.no_grad():
+            self._settle()
+
+    def density(self) -> float:
+        """The share of all conv and linear weights of the network that is not zero now."""
+        weights = [self.graph.tensors[site].detach() for site in self.graph.sites()]
+        return sum(int(w.count_nonzero()) for w in weights) / max(1, sum(w.numel() for w in weights))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs to go on bit for bit: tensors and plain values only."""
+        return {
+            "identity": self._identity(),
+            "step": self._progress.step,
+            "steps": self._progress.steps,
+            "method": dict(self._state),
+            "masks": self.masks,
+            "ties": {site: [tie.tied for tie in f.ties] for site, f in self._frozen.items()},
+            "signs": {site: f.signs for site, f in self._frozen.items() if f.signs is not None},
+            "buried": dict(self._buried),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state. Raises MethodError when it belongs to another network, plan or method."""
+        if state.get("identity") != self._identity():
+            raise MethodError(
+                "this state belongs to another network, plan or method: "
+                f"{state.get('identity')}, this run is {self._identity()}"
+            )
+        self._progress = Progress(int(state["step"]), state["steps"])
+        self._state = {key: value.clone() for key, value in state["method"].items()}
+        self._buried = dict(state["buried"])
+        self._frozen = {}
+        for target in self.targets:
+            if target.site in state["masks"]:
+                structures = [rule.structure for rule in target.scheme.rules if rule.snap.ties]
+                ties = tuple(Tie(s, tied) for s, tied in zip(structures, state["ties"][target.site]))
+                signs = state["signs"].get(target.site)
+                self._frozen[target.site] = Frozen(state["masks"][target.site], target.conv_groups, ties, signs)
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, str]:
+        plan = {t.site: f"{t.scheme.name} {t.scheme.density:.6g} {list(t.weight.shape)}" for t in self.targets}
+        return {"method": repr(self.method), **plan}
+
+    def _on_device(self) -> State:
+        """The state, moved to where the weights are now (the module may have been moved after `start`)."""
+        if self.targets:
+            device = self.targets[0].weight.device
+            for key, value in self._state.items():
+                if value.device != device:
+                    self._state[key] = value.to(device)
+        return self._state
+
+    def _settle(self) -> None:
+        """Apply the supports, bury what died with them, and keep both."""
+        self._hold()
+        for name, keep in bury(self.graph).items():
+            self._buried[name] = self._buried[name] & keep if name in self._buried else keep
+        self._hold()
+
+    def _hold(self) -> None:
+        for target in self.targets:
+            weight, frozen = target.weight, self._frozen[target.site]
+            if frozen.mask.device != weight.device:
+                frozen = self._frozen[target.site] = _moved(frozen, weight.device)
+            weight.copy_(frozen.apply(weight)) if frozen.ties else weight.mul_(frozen.mask)
+        for name, keep in self._buried.items():
+            tensor = self.graph.tensors[name]
+            tensor.mul_(keep.to(tensor.device))
+
+
+def _moved(frozen: Frozen, device: torch.device) -> Frozen:
+    ties = tuple(Tie(tie.structure, tie.tied.to(device)) for tie in frozen.ties)
+    signs = None if frozen.signs is None else frozen.signs.to(device)
+    return Frozen(frozen.mask.to(device), frozen.conv_groups, ties, signs)
+
+
+def start_run(
+    model: nn.Module,
+    plan: Plan | Mapping[str, Scheme],
+    method: Method,
+    example_inputs: ExampleInputs,
+    steps: int | None = None,
+) -> Run:
+    """See `methods.start`, which takes a method by name too."""
+    graph = capture(model, example_inputs)
+    schemes = plan.resolve(graph.sites()) if isinstance(plan, Plan) else dict(plan)
+    return Run(graph, schemes, method, steps)
