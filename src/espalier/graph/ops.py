@@ -173,10 +173,6 @@ def _unary(name: str, function: Callable[..., Tensor], *targets: str, zero: str 
     )
 
 
-def _clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
-    return x.clamp(min, max)
-
-
 _unary("relu", F.relu, "relu.default", "relu_.default")
 _row(
     "clamp",
@@ -193,7 +189,13 @@ _row(
     },
     "constant",
 )
-_unary("leaky_relu", F.leaky_relu, "leaky_relu.default", "leaky_relu_.default", negative_slope="negative_slope")
+_unary(
+    "leaky_relu",
+    lambda x, slope: F.leaky_relu(x, slope),
+    "leaky_relu.default",
+    "leaky_relu_.default",
+    slope="negative_slope",
+)
 _unary("elu", F.elu, "elu.default", "elu_.default", alpha="alpha")
 _unary("sigmoid", torch.sigmoid, "sigmoid.default", "sigmoid_.default", zero="constant")
 _unary("tanh", torch.tanh, "tanh.default", "tanh_.default")
@@ -417,8 +419,14 @@ _move(
         "unflatten.int": lambda a: ([a["self"]], {"shape": None}),
     },
 )
-_move("permute", lambda x, dims: x.permute(dims), {"permute.default": _self(dims="dims")})
-_move("transpose", lambda x, a, b: x.transpose(a, b), {"transpose.int": _self(a="dim0", b="dim1")})
+_move(
+    "permute",
+    lambda x, dims: x.permute(dims),
+    {
+        "permute.default": _self(dims="dims"),
+        "transpose.int": lambda a: ([a["self"]], {"dims": _swapped(len(a["self"].shape), a["dim0"], a["dim1"])}),
+    },
+)
 _move(
     "slice",
     lambda x, dim, start, end, step: x.narrow(dim, 0, x.shape[dim])[
@@ -453,6 +461,12 @@ _move("unsqueeze", lambda x, dim: x.unsqueeze(dim), {"unsqueeze.default": _self(
 _move("expand", lambda x, shape: x.expand(shape), {"expand.default": _self(shape="size")})
 _move("flip", lambda x, dims: x.flip(dims), {"flip.default": _self(dims="dims")})
 _move("gather_channels", _gather_channels, {})
+
+
+def _swapped(rank: int, a: int, b: int) -> list[int]:
+    dims = list(range(rank))
+    dims[a], dims[b] = dims[b], dims[a]
+    return dims
 
 
 def _parse_pad(a: Mapping[str, Any]) -> Parsed:

@@ -137,7 +137,7 @@ def _cut_node(
         stay = int(_keeps(live, f"{node.inputs[1]}@0").reshape(groups, -1).any(1).sum())
         return [replace(node, attrs={**node.attrs, "conv_groups": stay})]
     touched = [n for n in [*node.inputs, *node.outputs] if n and values[n].shape != graph.values[n].shape]
-    if node.op not in ("concat", "flatten", "permute", "transpose", "squeeze", "unsqueeze", *_REWRITES) or not touched:
+    if node.op not in ("concat", "flatten", "permute", "squeeze", "unsqueeze", *_REWRITES) or not touched:
         return [node]
     if node.op in _REWRITES:
         made = replace(node, attrs=_REWRITES[node.op](node, graph, live, values))
