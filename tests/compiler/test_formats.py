@@ -1,0 +1,111 @@
+"""Formats: unpack(pack(w)) == w, at the edges of every block height; memory: nothing overlaps."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from espalier.compiler.formats import HEIGHTS, RowBlocks, explain, pack, unpack
+from espalier.compiler.memory import Interval, allocate, lower_bound
+
+
+def matrix(rows: int, columns: int, density: float, block: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    alive = np.repeat(rng.random((-(-rows // block), columns)) < density, block, 0)[:rows]
+    return (rng.standard_normal((rows, columns)) * alive).astype(np.float32)
+
+
+def check_packed(w: np.ndarray, blocks: RowBlocks) -> None:
+    assert np.array_equal(unpack(blocks), w)
+    assert sorted(blocks.row_order[blocks.row_order >= 0].tolist()) == list(range(len(w)))
+    assert blocks.values.shape == (len(blocks.columns), blocks.height)
+    assert blocks.offsets[0] == 0 and blocks.offsets[-1] == len(blocks.columns)
+
+
+@pytest.mark.parametrize("height", [*HEIGHTS, None])
+@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("off", [-1, 0, 1])
+def test_packing_at_the_edges_of_a_block(height: int | None, density: float, off: int) -> None:
+    w = matrix(max(1, 2 * (height or 8) + off), 37, density, 4, 3)
+    check_packed(w, pack(w, height))
+    w[:] = 0
+    w[-1, 5] = 2.0  # one survivor
+    check_packed(w, pack(w, height))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 50), st.floats(0, 1), st.integers(1, 9), st.integers(0, 999))
+def test_packing_any_matrix(rows: int, columns: int, density: float, block: int, seed: int) -> None:
+    w = matrix(rows, columns, density, block, seed)
+    check_packed(w, pack(w))
+
+
+def test_equal_rows_are_brought_together() -> None:
+    w = matrix(64, 200, 0.1, 8, 0)
+    shuffled = w[np.random.default_rng(1).permutation(64)]
+    blocks = pack(shuffled)
+    assert blocks.height == 8 and blocks.stored == np.count_nonzero(w)
+    assert "8 rows" in explain(blocks)
+
+
+def test_unstructured_weights_are_not_padded() -> None:
+    w = matrix(64, 400, 0.05, 1, 0)
+    assert pack(w).height == 1
+
+
+def test_a_whole_resnet50_packs_in_two_seconds() -> None:
+    shapes, inputs = [(64, 147), (1000, 2048)], 64
+    for planes, count in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for _ in range(count):
+            shapes += [(planes, inputs), (planes, planes * 9), (planes * 4, planes)]
+            inputs = planes * 4
+    weights = [matrix(rows, columns, 0.1, 8, 0) for rows, columns in shapes]
+    start = time.perf_counter()
+    for w in weights:
+        pack(w)
+    assert time.perf_counter() - start < 2.0
+
+
+def test_what_cannot_be_packed_is_said() -> None:
+    with pytest.raises(ValueError, match="no kernel has blocks of 3 rows"):
+        pack(np.zeros((3, 3), np.float32), 3)
+    with pytest.raises(ValueError, match="two dimensions"):
+        pack(np.zeros(3, np.float32))
+
+
+def test_a_packing_that_loses_a_weight_is_found() -> None:
+    w = matrix(9, 9, 0.5, 1, 0)
+    blocks = pack(w)
+    blocks.values[0, 0] += 1
+    with pytest.raises(AssertionError):
+        check_packed(w, blocks)
+
+
+def check_arena(intervals: list[Interval], offsets: dict[str, int], size: int) -> None:
+    for k, a in enumerate(intervals):
+        assert offsets[a.name] % 64 == 0 and offsets[a.name] + a.size_bytes <= size
+        for b in intervals[:k]:
+            apart = (
+                offsets[a.name] + a.size_bytes <= offsets[b.name] or offsets[b.name] + b.size_bytes <= offsets[a.name]
+            )
+            assert apart or not a.meets(b) or not a.size_bytes or not b.size_bytes, f"{a} and {b} overlap"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 20), st.integers(0, 6)), max_size=25))
+def test_no_two_living_buffers_overlap(rows: list[tuple[int, int, int]]) -> None:
+    intervals = [Interval(str(k), size, first, first + length) for k, (size, first, length) in enumerate(rows)]
+    arena = allocate(intervals)
+    check_arena(intervals, dict(arena.offsets), arena.size_bytes)
+    assert arena.size_bytes >= lower_bound(intervals)
+
+
+def test_a_chain_needs_two_buffers_and_overlaps_are_found() -> None:
+    chain = [Interval(str(k), 1024, k, k + 1) for k in range(10)]
+    assert allocate(chain).size_bytes == 2048
+    with pytest.raises(AssertionError, match="overlap"):
+        check_arena(chain, dict.fromkeys(map(str, range(10)), 0), 2048)
+    with pytest.raises(ValueError, match="unique"):
+        allocate([chain[0], chain[0]])
