@@ -1,0 +1,191 @@
+/* Row-blocks over planes: acc[m][v] += w[j][m] * x[index[j]][v] for m rows that share columns and v vectors of pixels.
+ *
+ * Each activation vector is loaded once for m rows, each weight broadcast once for v vectors. The order in which columns
+ * are added does not depend on tile, thread or segment, so results do not either. */
+#include <stdbool.h>
+
+#include "activate.h"
+#include "planes.h"
+#include "simd.h"
+
+/* What a tile needs; the same for all tiles of a block. */
+typedef struct {
+    const esp_step *step;
+    const float *in;
+    float *out;
+    const float *residual; /* or NULL */
+    const int32_t *rows, *index;
+    const float *values;
+    int64_t columns, height;
+} block;
+
+/* M rows at V vectors of pixels; `last` lanes of the last vector count. */
+ESP_INLINE void tile(const int M, const int V, const block *b, int64_t in_at, int64_t out_at, int64_t res_at, int last)
+{
+    const esp_step *s = b->step;
+    const float *in = b->in + in_at, *values = b->values;
+    const int32_t *index = b->index;
+    vec acc[8][8];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+        float bias = s->bias && b->rows[m] >= 0 ? s->bias[b->rows[m]] : 0.0f;
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) acc[m][v] = splat(bias);
+    }
+    const int64_t height = b->height;
+    for (int64_t j = 0; j < b->columns; j++, values += height) {
+        const float *x = in + index[j];
+        vec pixels[8];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) pixels[v] = load(x + v * ESP_WIDTH);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            vec w = splat(values[m]);
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) acc[m][v] += w * pixels[v];
+        }
+    }
+    const int kind = s->activation;
+    const float a = s->act_a, c = s->act_b;
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+        int64_t row = b->rows[m];
+        if (row < 0) continue;
+        float *out = b->out + row * s->out.stride[1] + out_at;
+        const float *residual = b->residual + row * s->b.stride[1] + res_at;
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) {
+            vec y = acc[m][v];
+            if (b->residual) y += load(residual + v * ESP_WIDTH);
+            y = activate(y, kind, a, c);
+            if (v < V - 1 || last == ESP_WIDTH)
+                store(out + v * ESP_WIDTH, y);
+            else
+                store_part(out + v * ESP_WIDTH, y, last);
+        }
+    }
+}
+
+typedef void (*tile_function)(const block *, int64_t, int64_t, int64_t, int);
+
+#define TILE(M, V) \
+    static void tile_##M##_##V(const block *b, int64_t i, int64_t o, int64_t r, int last) \
+    { \
+        tile(M, V, b, i, o, r, last); \
+    }
+
+/* Rows at once and the widest tile per instruction set: as many accumulators as it has registers for. */
+TILE(1, 1) TILE(1, 2) TILE(1, 3) TILE(1, 4) TILE(1, 5) TILE(1, 6) TILE(1, 7) TILE(1, 8)
+TILE(2, 1) TILE(2, 2) TILE(2, 3) TILE(2, 4) TILE(2, 5)
+TILE(4, 1) TILE(4, 2) TILE(4, 3)
+static const tile_function tiles_1[] = {
+    tile_1_1, tile_1_2, tile_1_3, tile_1_4, tile_1_5, tile_1_6, tile_1_7, tile_1_8};
+#if ESP_WIDTH == 16
+TILE(2, 6) TILE(2, 7) TILE(2, 8) TILE(4, 4) TILE(4, 5) TILE(4, 6) TILE(8, 1) TILE(8, 2) TILE(8, 3)
+static const tile_function tiles_2[] = {
+    tile_2_1, tile_2_2, tile_2_3, tile_2_4, tile_2_5, tile_2_6, tile_2_7, tile_2_8};
+static const tile_function tiles_4[] = {tile_4_1, tile_4_2, tile_4_3, tile_4_4, tile_4_5, tile_4_6};
+static const tile_function tiles_8[] = {tile_8_1, tile_8_2, tile_8_3};
+#else
+static const tile_function tiles_2[] = {tile_2_1, tile_2_2, tile_2_3, tile_2_4, tile_2_5};
+static const tile_function tiles_4[] = {tile_4_1, tile_4_2, tile_4_3};
+#endif
+
+/* Tiles of nearly equal width along one run of pixels. */
+ESP_INLINE void run_pixels(
+    const block *b, const tile_function *tiles, int widest, int64_t in, int64_t out, int64_t res, int64_t length)
+{
+    int64_t vectors = (length + ESP_WIDTH - 1) / ESP_WIDTH, count = (vectors + widest - 1) / widest, done = 0;
+    for (int64_t t = 0; t < count; t++) {
+        int64_t upto = vectors * (t + 1) / count, at = done * ESP_WIDTH;
+        int last = upto < vectors ? ESP_WIDTH : (int)(length - (vectors - 1) * ESP_WIDTH);
+        tiles[upto - done - 1](b, in + at, out + at, res + at, last);
+        done = upto;
+    }
+}
+
+/* Zero the side margins among pixels begin..end of a plane that is worked on as one run, and its back margin. */
+static void zero_flat(const esp_step *s, float *out, int64_t row, int64_t begin, int64_t end)
+{
+    const int64_t width = s->out.size[3], stride = s->out.stride[2], side = stride - width;
+    float *plane = out + row * s->out.stride[1];
+    for (int64_t y = begin / stride; side && y * stride + width < end; y++) {
+        int64_t from = y * stride + width, upto = from + side;
+        from = from < begin ? begin : from;
+        upto = upto > end ? end : upto;
+        for (; from < upto; from++) plane[from] = 0;
+    }
+    if (end == s->param[CONV_LENGTH]) zero_floats(plane + end, s->out.stride[1] - end);
+    if (begin == 0 && row == 0) zero_floats(out - s->front, s->front);
+}
+
+/* The pixels of one chunk: part of the only segment, or some of many. */
+typedef struct {
+    int64_t first, count, begin, end;
+} chunk;
+
+static void run_block(const block *whole, const tile_function *tiles, int M, int widest, const chunk *c)
+{
+    const esp_step *s = whole->step;
+    const int64_t *p = s->param;
+    for (int64_t r = 0; r < whole->height; r += M) {
+        block b = *whole;
+        b.rows += r;
+        b.values += r;
+        for (int64_t seg = c->first; seg < c->first + c->count; seg++)
+            run_pixels(&b, tiles, widest, seg * p[CONV_IN_STRIDE] + c->begin, seg * p[CONV_OUT_STRIDE] + c->begin,
+                seg * p[CONV_RESIDUAL_STRIDE] + c->begin, c->end - c->begin);
+    }
+    for (int64_t r = 0; r < whole->height && s->margins; r++) {
+        if (whole->rows[r] < 0) continue;
+        if (p[CONV_SEGMENTS] == 1 && s->out.size[2] > 1)
+            zero_flat(s, whole->out, whole->rows[r], c->begin, c->end);
+        else if (c->end == p[CONV_LENGTH])
+            for (int64_t seg = c->first; seg < c->first + c->count; seg++)
+                zero_margin(s, whole->out, whole->rows[r], seg);
+    }
+}
+
+/* Chunks one after another, in each all blocks: what a chunk reads stays in the cache. Threads get equal shares of
+ * the sequence, by the number of columns (and 4 for the work that every block has). */
+static void run(const esp_step *s, const esp_frame *f, int part, int parts, const tile_function *tiles, int M, int widest)
+{
+    const int64_t *p = s->param, blocks = s->starts_count - 1, height = p[CONV_HEIGHT];
+    const bool flat = p[CONV_SEGMENTS] == 1;
+    const int64_t step = flat ? (p[CONV_CHUNK] + 191) / 192 * 192 : 1 + p[CONV_CHUNK] / p[CONV_LENGTH];
+    const int64_t extent = flat ? p[CONV_LENGTH] : p[CONV_SEGMENTS], chunks = (extent + step - 1) / step;
+    const int64_t cost = s->index_count + 4 * blocks;
+    int64_t begin, end;
+    share(cost * chunks, part, parts, &begin, &end);
+    block b = {s, esp_source(&s->a, f), esp_target(&s->out, f), NULL, NULL, NULL, NULL, 0, height};
+    if (s->b.space) b.residual = esp_source(&s->b, f);
+    for (int64_t k = cost ? begin / cost : 0; k < chunks && k * cost < end; k++) {
+        int64_t from = k * step, upto = from + step < extent ? from + step : extent;
+        chunk c = flat ? (chunk){0, 1, from, upto} : (chunk){from, upto - from, 0, p[CONV_LENGTH]};
+        for (int64_t i = 0; i < blocks; i++) {
+            int64_t position = k * cost + s->starts[i] + 4 * i;
+            if (position < begin || position >= end) continue;
+            b.rows = s->rows + i * height;
+            b.index = s->index + s->starts[i];
+            b.values = s->values + s->starts[i] * height;
+            b.columns = s->starts[i + 1] - s->starts[i];
+            run_block(&b, tiles, M, widest, &c);
+        }
+    }
+}
+
+#define KERNEL(HEIGHT, M) \
+    void ESP_NAME(conv_##HEIGHT)(const esp_step *s, const esp_frame *f, int part, int parts) \
+    { \
+        run(s, f, part, parts, tiles_##M, M, (int)(sizeof tiles_##M / sizeof *tiles_##M)); \
+    }
+KERNEL(1, 1)
+KERNEL(2, 2)
+KERNEL(4, 4)
+#if ESP_WIDTH == 16
+KERNEL(8, 8)
+KERNEL(16, 8)
+#else
+KERNEL(8, 4)
+KERNEL(16, 4)
+#endif

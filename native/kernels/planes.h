@@ -1,0 +1,58 @@
+/* Sharing out rows of planes, and their margins.
+ *
+ * A plane is followed by its back margin (up to the next plane), a row by its side margin (up to the next row); `front`
+ * floats lie before the first plane. Whoever writes a row zeroes what follows it. */
+#ifndef ESP_PLANES_H
+#define ESP_PLANES_H
+
+#include <string.h>
+
+#include "../src/program.h"
+
+static inline void share(int64_t count, int part, int parts, int64_t *begin, int64_t *end)
+{
+    *begin = count * part / parts;
+    *end = count * (part + 1) / parts;
+}
+
+static inline void zero_floats(float *p, int64_t count)
+{
+    if (count > 8)
+        memset(p, 0, (size_t)count * sizeof *p);
+    else
+        for (int64_t i = 0; i < count; i++) p[i] = 0;
+}
+
+/* the margins that belong to row y of plane c of the step's output, whose pixel (0, 0, 0) is at `out` */
+static inline void zero_margin(const esp_step *s, float *out, int64_t c, int64_t y)
+{
+    const esp_operand *o = &s->out;
+    if (!s->margins) return;
+    float *row = out + c * o->stride[1] + y * o->stride[2], *behind = row + o->size[3];
+    float *next = y + 1 < o->size[2] ? row + o->stride[2] : out + (c + 1) * o->stride[1];
+    zero_floats(behind, next - behind);
+    if (c == 0 && y == 0) zero_floats(out - s->front, s->front);
+}
+
+/* One row of the output: indices and the place of its first element in an operand. */
+typedef struct {
+    int64_t n, c, y;
+} plane_row;
+
+static inline plane_row row_at(const esp_operand *o, int64_t number)
+{
+    plane_row r;
+    r.y = number % o->size[2];
+    r.c = number / o->size[2] % o->size[1];
+    r.n = number / o->size[2] / o->size[1];
+    return r;
+}
+
+static inline int64_t rows_of(const esp_operand *o) { return o->size[0] * o->size[1] * o->size[2]; }
+
+static inline int64_t place(const esp_operand *o, plane_row r)
+{
+    return r.n * o->stride[0] + r.c * o->stride[1] + r.y * o->stride[2];
+}
+
+#endif

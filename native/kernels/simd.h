@@ -1,0 +1,92 @@
+/* Vectors of the instruction set that this file is compiled for: compiler vector types, and the few things that they
+ * cannot say. A new instruction set adds its width and, if it likes, a faster store_part, vmax and vmin. */
+#ifndef ESP_SIMD_H
+#define ESP_SIMD_H
+
+#include <stdint.h>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define ESP_WIDTH 16
+#elif defined(__AVX2__)
+#define ESP_WIDTH 8
+#else
+#define ESP_WIDTH 4
+#endif
+
+#define ESP_INLINE static inline __attribute__((always_inline))
+#define ESP_JOIN_(a, b) a##_##b
+#define ESP_JOIN(a, b) ESP_JOIN_(a, b)
+#define ESP_NAME(name) ESP_JOIN(name, ESP_ISA)
+
+typedef float vec __attribute__((vector_size(4 * ESP_WIDTH)));
+typedef int32_t ivec __attribute__((vector_size(4 * ESP_WIDTH)));
+typedef float vec_anywhere __attribute__((vector_size(4 * ESP_WIDTH), aligned(4), may_alias));
+
+ESP_INLINE vec load(const float *p) { return *(const vec_anywhere *)p; }
+ESP_INLINE void store(float *p, vec v) { *(vec_anywhere *)p = v; }
+ESP_INLINE vec splat(float x) { return x - (vec){0}; }
+
+/* where the mask is set a, else b */
+ESP_INLINE vec choose(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
+
+/* the first n lanes, 1 <= n <= ESP_WIDTH */
+ESP_INLINE void store_part(float *p, vec v, int n)
+{
+#if ESP_WIDTH == 16
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#elif ESP_WIDTH == 8
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane), (__m256)v);
+#else
+    for (int i = 0; i < n; i++) p[i] = v[i];
+#endif
+}
+
+/* max and min that hand on a NaN in x */
+ESP_INLINE vec vmax(vec bound, vec x)
+{
+#if ESP_WIDTH == 16
+    return (vec)_mm512_max_ps((__m512)bound, (__m512)x);
+#elif ESP_WIDTH == 8
+    return (vec)_mm256_max_ps((__m256)bound, (__m256)x);
+#else
+    return choose(x < bound, bound, x);
+#endif
+}
+
+ESP_INLINE vec vmin(vec bound, vec x)
+{
+#if ESP_WIDTH == 16
+    return (vec)_mm512_min_ps((__m512)bound, (__m512)x);
+#elif ESP_WIDTH == 8
+    return (vec)_mm256_min_ps((__m256)bound, (__m256)x);
+#else
+    return choose(x > bound, bound, x);
+#endif
+}
+
+ESP_INLINE vec vabs(vec x) { return (vec)((ivec)x & 0x7fffffff); }
+
+/* e^x to about 1e-7 relative: x = n ln 2 + r, a polynomial in r, n into the exponent */
+ESP_INLINE vec vexp(vec x)
+{
+    x = vmin(splat(88.37f), vmax(splat(-87.33f), x));
+    vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* rounds to nearest */
+    vec r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    ivec exponent = (__builtin_convertvector(n, ivec) + 127) << 23;
+    return p * (vec)exponent;
+}
+
+#endif

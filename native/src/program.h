@@ -1,0 +1,156 @@
+/* What a loaded program is made of, and what kernels see of it. */
+#ifndef ESP_PROGRAM_H
+#define ESP_PROGRAM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "espalier.h"
+
+enum esp_op {
+    ESP_CONV = 1, /* row-blocks over planes */
+    ESP_LINEAR,   /* row-blocks times vectors */
+    ESP_COPY,
+    ESP_GATHER, /* the phases of a strided window */
+    ESP_POOL,
+    ESP_ADAPTIVE,
+    ESP_BINARY,
+    ESP_UNARY, /* scale, shift, activation */
+    ESP_SOFTMAX,
+    ESP_FILL,
+    ESP_OPS_END,
+};
+
+enum esp_space { ESP_NOWHERE = 0, ESP_ARENA, ESP_INPUT, ESP_OUTPUT, ESP_CONST };
+
+enum esp_activation {
+    ESP_LINEAR_ACT = 0,
+    ESP_CLAMP, /* a..b; relu is 0..inf */
+    ESP_LEAKY, /* slope a */
+    ESP_ELU,   /* alpha a */
+    ESP_SIGMOID,
+    ESP_TANH,
+    ESP_SILU,
+    ESP_HARDSWISH,
+    ESP_HARDSIGMOID,
+    ESP_GELU,
+    ESP_GELU_TANH,
+    ESP_ACTIVATIONS_END,
+};
+
+enum { ESP_PARAMS = 16, ESP_STEP_WORDS = 72, ESP_OPERAND_WORDS = 11, ESP_MAX_RANK = 8 };
+
+/* Floats that kernels may read (never write) past what they need: the tail of the widest tile. */
+enum { ESP_SLACK = 256 };
+
+/* A tensor of up to four dimensions in some space; offsets, sizes and strides in floats. */
+typedef struct {
+    int32_t space, index; /* index: which input or output */
+    int64_t offset, size[4], stride[4];
+} esp_operand;
+
+typedef struct esp_step esp_step;
+
+/* Where one thread finds its data during one sample. */
+typedef struct {
+    float *arena;
+    const float *constants;
+    const float *const *inputs;
+    float *const *outputs;
+    const int64_t *input_sizes, *output_sizes;
+    int64_t sample;
+} esp_frame;
+
+/* Do share `part` of `parts` of a step. */
+typedef void (*esp_kernel)(const esp_step *step, const esp_frame *frame, int part, int parts);
+
+/* Parameters of ESP_CONV in `param`. Its work is `segments` runs of `length` pixels each. */
+enum {
+    CONV_HEIGHT = 0,
+    CONV_SEGMENTS,
+    CONV_LENGTH,
+    CONV_IN_STRIDE, /* from segment to segment */
+    CONV_OUT_STRIDE,
+    CONV_RESIDUAL_STRIDE,
+    CONV_CHUNK, /* pixels worked on at once, so that they stay in the cache */
+};
+enum {
+    LINEAR_HEIGHT = 0,
+    LINEAR_POSITIONS,
+    LINEAR_IN_STRIDE, /* from position to position */
+    LINEAR_OUT_STRIDE,
+    LINEAR_RESIDUAL_STRIDE,
+    LINEAR_ROW_STRIDE, /* from output row to output row */
+};
+enum { GATHER_STRIDE_Y = 0, GATHER_STRIDE_X };
+enum {
+    POOL_KIND = 0, /* 0 max, 1 mean over the padded window, 2 mean over what lies in the image */
+    POOL_WINDOW_Y,
+    POOL_WINDOW_X,
+    POOL_STRIDE_Y,
+    POOL_STRIDE_X,
+    POOL_PAD_Y,
+    POOL_PAD_X,
+    POOL_DILATION_Y,
+    POOL_DILATION_X,
+};
+enum { BINARY_KIND = 0 }; /* 0 add, 1 subtract, 2 multiply, 3 divide */
+enum { SOFTMAX_LOG = 0 };
+
+struct esp_step {
+    int32_t op, activation;
+    float act_a, act_b;
+    int32_t margins; /* 1: the kernel zeroes the margins of the planes it writes */
+    int64_t front;   /* floats of margin before the first plane */
+    esp_operand out, a, b;
+    int64_t param[ESP_PARAMS];
+    /* row-blocks: block k has columns starts[k]..starts[k+1]; its r-th row is output row rows[k * height + r] */
+    const int32_t *rows, *starts, *index;
+    const float *values, *bias;
+    int64_t rows_count, starts_count, index_count, values_count, bias_count;
+    esp_kernel kernel;
+    const char *kernel_name, *name, *note;
+    int32_t parallel; /* worth more than one thread */
+};
+
+typedef struct {
+    const char *name;
+    int32_t rank;
+    int64_t dims[ESP_MAX_RANK], elements;
+} esp_tensor;
+
+struct esp_program {
+    uint8_t *bytes;
+    int64_t size, arena_floats;
+    int32_t inputs_count, outputs_count, steps_count;
+    esp_tensor *tensors; /* inputs, then outputs */
+    int64_t *elements;   /* of each tensor, for frames */
+    esp_step *steps;
+};
+
+static inline const float *esp_source(const esp_operand *o, const esp_frame *f)
+{
+    switch (o->space) {
+    case ESP_ARENA: return f->arena + o->offset;
+    case ESP_INPUT: return f->inputs[o->index] + f->sample * f->input_sizes[o->index] + o->offset;
+    case ESP_OUTPUT: return f->outputs[o->index] + f->sample * f->output_sizes[o->index] + o->offset;
+    case ESP_CONST: return f->constants + o->offset;
+    default: return NULL;
+    }
+}
+
+static inline float *esp_target(const esp_operand *o, const esp_frame *f)
+{
+    if (o->space == ESP_ARENA) return f->arena + o->offset;
+    return f->outputs[o->index] + f->sample * f->output_sizes[o->index] + o->offset;
+}
+
+/* message must not be NULL with capacity > 0 */
+int esp_fail(char *message, size_t capacity, int code, const char *format, ...)
+#if defined(__GNUC__)
+    __attribute__((format(printf, 4, 5)))
+#endif
+    ;
+int esp_check_step(const esp_program *program, const esp_step *step, int32_t number, char *message, size_t capacity);
+
+#endif

@@ -1,0 +1,134 @@
+"""Which format a weight is stored in: the height of its row-blocks, chosen by looking at the weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from espalier.compiler.formats import RowBlocks, pack
+
+# What one column of a block costs, in the time of one vector load: the height's arithmetic against its loads.
+# Measured with benchmarks of the kernels on AVX-512; other instruction sets order the heights in the same way.
+CONV_COST: Mapping[int, float] = {1: 1.0, 2: 1.2, 4: 2.1, 8: 4.0}
+LINEAR_COST: Mapping[int, float] = {1: 1.0, 4: 1.3, 8: 1.6, 16: 2.4}
+# A block's own work (bias, activation, stores) in columns' worth, per row.
+_ROW_COST = {"conv": 2.0, "linear": 1.0}
+_DENSE_FROM = 0.75  # above this density no format gains by skipping
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Row-blocks of a weight with the format's name and the reason for it."""
+
+    blocks: RowBlocks
+    format: str
+    reason: str
+
+
+def choose(matrix: np.ndarray, op: str) -> Choice:
+    """Row-blocks of `matrix` [rows, columns] in the height that should run fastest.
+
+    op: "conv" (cost is arithmetic) or "linear" (cost is reading the weights).
+    """
+    costs = CONV_COST if op == "conv" else LINEAR_COST
+    rows = matrix.shape[0]
+    heights = [h for h in costs if h == 1 or h < 2 * rows]
+    density = np.count_nonzero(matrix) / max(1, matrix.size)
+    if density >= _DENSE_FROM:
+        height = max(heights)
+        return Choice(_dense(matrix, height), f"dense/{height}", f"density {density:.2f}: skipping would not pay")
+    tried = {h: pack(matrix, h) for h in heights}
+    estimates = {h: _cost(b, costs[h], _ROW_COST[op]) for h, b in tried.items()}
+    dense_height = max(heights)
+    dense_cost = _dense_cost(matrix.shape, dense_height, costs[dense_height], _ROW_COST[op])
+    best = min(estimates, key=lambda h: (estimates[h], -h))
+    if dense_cost < estimates[best]:
+        reason = f"density {density:.2f} but rows share too few columns (blocks/{best} at {estimates[best] / dense_cost:.1f}x)"
+        return Choice(_dense(matrix, dense_height), f"dense/{dense_height}", reason)
+    blocks = tried[best]
+    filled = np.count_nonzero(blocks.values) / max(1, blocks.values.size)
+    gain = dense_cost / max(estimates[best], 1e-9)
+    reason = f"density {density:.2f}, blocks {filled:.0%} full, {gain:.1f}x less work than dense"
+    return Choice(blocks, f"blocks/{best}", reason)
+
+
+def choose_groups(matrices: list[np.ndarray], op: str) -> Choice:
+    """Row-blocks of a block-diagonal matrix with these blocks: a conv with several conv_groups."""
+    if all(m.shape[0] == 1 for m in matrices):
+        return _single_rows(matrices)
+    stack = np.concatenate(matrices)  # one height for all groups: chosen as if they shared their columns
+    height = choose(stack, op).blocks.height
+    height = min(height, 1 << int(math.log2(max(1, matrices[0].shape[0]))))
+    dense = np.count_nonzero(stack) >= _DENSE_FROM * stack.size
+    parts = [_dense(m, height) if dense else pack(m, height) for m in matrices]
+    density = np.count_nonzero(stack) / max(1, stack.size)
+    name = f"grouped {'dense' if dense else 'blocks'}/{height}"
+    return Choice(_joined(parts), name, f"{len(matrices)} conv groups, density {density:.2f}")
+
+
+def _cost(blocks: RowBlocks, column: float, row: float) -> float:
+    return len(blocks.columns) * column + (len(blocks.offsets) - 1) * blocks.height * row
+
+
+def _dense_cost(shape: tuple[int, ...], height: int, column: float, row: float) -> float:
+    count = -(-shape[0] // height)
+    return count * (shape[1] * column + height * row)
+
+
+def _dense(matrix: np.ndarray, height: int) -> RowBlocks:
+    """All columns in every block, rows in their order; the last block may be lower than the others are."""
+    rows, columns = matrix.shape
+    count = -(-rows // height)
+    padded = np.zeros((count * height, columns), np.float32)
+    padded[:rows] = matrix
+    order = np.full(count * height, -1, np.int32)
+    order[:rows] = np.arange(rows)
+    return RowBlocks(
+        rows=rows,
+        columns_total=columns,
+        height=height,
+        row_order=order,
+        offsets=(np.arange(count + 1) * columns).astype(np.int32),
+        columns=np.tile(np.arange(columns, dtype=np.int32), count),
+        values=np.ascontiguousarray(padded.reshape(count, height, columns).transpose(0, 2, 1)).reshape(-1, height),
+    )
+
+
+def _single_rows(matrices: list[np.ndarray]) -> Choice:
+    """A depthwise weight: one row per group, its zeros left out."""
+    table = np.concatenate(matrices)  # [channels, taps]
+    rows, columns = np.nonzero(table)
+    counts = np.bincount(rows, minlength=len(table))
+    blocks = RowBlocks(
+        rows=len(table),
+        columns_total=table.size,
+        height=1,
+        row_order=np.arange(len(table), dtype=np.int32),
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+        columns=(rows * table.shape[1] + columns).astype(np.int32),
+        values=table[rows, columns].astype(np.float32).reshape(-1, 1),
+    )
+    density = len(rows) / max(1, table.size)
+    return Choice(blocks, "depthwise/1", f"one window per channel, density {density:.2f}")
+
+
+def _joined(parts: list[RowBlocks]) -> RowBlocks:
+    orders, offsets, columns = [], [np.zeros(1, np.int64)], []
+    rows = width = total = 0
+    for part in parts:
+        orders.append(np.where(part.row_order >= 0, part.row_order + rows, -1))
+        offsets.append(part.offsets[1:].astype(np.int64) + total)
+        columns.append(part.columns.astype(np.int64) + width)
+        rows, width, total = rows + part.rows, width + part.columns_total, total + len(part.columns)
+    return RowBlocks(
+        rows=rows,
+        columns_total=width,
+        height=parts[0].height,
+        row_order=np.concatenate(orders).astype(np.int32),
+        offsets=np.concatenate(offsets).astype(np.int32),
+        columns=np.concatenate(columns).astype(np.int32),
+        values=np.concatenate([p.values for p in parts]),
+    )

@@ -1,0 +1,206 @@
+"""Steps for ops with weights: convolutions and linear layers, as row-blocks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from espalier.compiler.blocks import Choice, choose, choose_groups
+from espalier.compiler.emit import Emitter, fused_activation
+from espalier.compiler.layout import Place, planes_of
+from espalier.compiler.program import Operand, Step
+from espalier.graph.ir import Node
+
+_CHUNK_FLOATS = 48 * 1024  # of activations that a chunk reads: they should stay in half of a small L2 cache
+
+
+def conv(e: Emitter, node: Node) -> None:
+    x, weight, bias, residual = (*node.inputs, None)[:4]
+    w = e.array(weight)
+    assert x is not None and w is not None
+    while w.ndim < 4:
+        w = w[:, :, None]  # a window of height 1
+    _, height, width = planes_of(e.layout.shapes[node.outputs[0]])
+    groups = node.attrs["conv_groups"]
+    matrices = list(w.reshape(groups, w.shape[0] // groups, -1))
+    out = e.target(node.outputs[0])
+    if height * width == 1 and out.front() is None:
+        _conv_at_one_pixel(e, node, w, matrices, out)
+        return
+    choice = choose(matrices[0], "conv") if groups == 1 else choose_groups(matrices, "conv")
+    source, index = _columns(e, node, w.shape, choice.blocks.columns)
+    out_operand, in_operand = out.operand(), source.operand()
+    fields = dict(residual=Operand(), residual_stride=0)
+    if residual is not None:
+        b = e.like(residual, out).operand()
+        fields = dict(residual=b, residual_stride=b.strides[2])
+    assert out.storage is not None and source.storage is not None
+    row_in, row_out = source.storage.row_stride, out.storage.row_stride
+    flat = row_in == row_out and _flat_pays(height, width, row_out)
+    run = (height - 1) * row_out + width
+    chunk = max(192, min(8192, _CHUNK_FLOATS // in_operand.sizes[1]))
+    segments = (1, run, 0, 0, 0) if flat else (height, width, row_in, row_out, fields["residual_stride"])
+    e.steps.append(
+        Step(
+            name=node.name,
+            op="conv",
+            out=out_operand,
+            a=in_operand,
+            b=fields["residual"],  # type: ignore[arg-type]
+            activation=fused_activation(node),
+            front=out.front(),
+            params=(choice.blocks.height, *segments, chunk),  # type: ignore[arg-type]
+            arrays=_arrays(choice, index, e.array(bias)),
+            **_facts(node, choice, w),
+        )
+    )
+
+
+def _flat_pays(height: int, width: int, row_stride: int, lanes: int = 16) -> bool:
+    """Whether a plane with its side margins, as one run, takes fewer vectors than row by row."""
+    run = (height - 1) * row_stride + width
+    return -(-run // lanes) <= height * -(-width // lanes) * 1.05
+
+
+def _facts(node: Node, choice: Choice, w: np.ndarray) -> dict:
+    return dict(
+        format=choice.format,
+        reason=choice.reason,
+        nonzeros=int(np.count_nonzero(w)),
+        weights=w.size,
+        nodes=tuple(node.attrs.get("fused", (node.name,))),
+    )
+
+
+def _arrays(choice: Choice, index: np.ndarray, bias: np.ndarray | None) -> dict[str, np.ndarray]:
+    b = choice.blocks
+    arrays = {"rows": b.row_order, "starts": b.offsets, "index": index.astype(np.int32), "values": b.values}
+    return arrays if bias is None else {**arrays, "bias": bias}
+
+
+def _columns(e: Emitter, node: Node, shape: tuple[int, ...], columns: np.ndarray) -> tuple[Place, np.ndarray]:
+    """What the kernel reads, and where in it, relative to its pixel (0, 0, 0), each column begins."""
+    _, _, kernel_y, kernel_x = shape
+    channel, tap = np.divmod(columns.astype(np.int64), kernel_y * kernel_x)
+    y, x = np.divmod(tap, kernel_x)
+    (sy, sx), (py, px), (dy, dx) = _window(node)
+    if sy == sx == 1:
+        source = e.planes(str(node.inputs[0]), py, px)
+        assert source.storage is not None
+        plane, row = source.storage.plane, source.storage.row_stride
+        return source, channel * plane + (y * dy - py) * row + (x * dx - px)
+    phase_y, far_y = (y * dy) % sy, (y * dy) // sy
+    phase_x, far_x = (x * dx) % sx, (x * dx) // sx
+    used, number = np.unique(phase_y * sx + phase_x, return_inverse=True)
+    if not used.size:
+        used = np.zeros(1, np.int64)
+    origins = np.stack([used // sx - py, used % sx - px], axis=1)
+    source = _gather(e, node, origins, (sy, sx))
+    assert source.storage is not None
+    plane, row = source.storage.plane, source.storage.row_stride
+    per_phase = e.layout.shapes[str(node.inputs[0])][0] * plane
+    return source, number * per_phase + channel * plane + far_y * row + far_x
+
+
+def _gather(e: Emitter, node: Node, origins: np.ndarray, stride: tuple[int, int]) -> Place:
+    """The phases of a strided window, one set of planes each: the kernel reads them with stride 1."""
+    value = str(node.inputs[0])
+    base = e.layout.storage(f"{node.name}/phases")
+    storage = e.use(replace(base, channels=base.channels * len(origins)))
+    place = Place((storage.channels, storage.height, storage.width), (storage.plane, storage.row_stride, 1), 0, storage)
+    sizes = (len(origins), base.channels, storage.height, storage.width)
+    out = place.operand_of(sizes, (base.channels * storage.plane, storage.plane, storage.row_stride, 1))
+    a = e.places[value].operand()
+    if len(e.places[value].shape) == 1:
+        a = replace(a, sizes=(1, a.sizes[3], 1, 1), strides=(0, a.strides[3], 0, 0))
+    arrays = {"index": origins.reshape(-1).astype(np.int32)}
+    e.step(name=f"{node.name}/phases", op="gather", out=out, a=a, params=stride, arrays=arrays, nodes=(node.name,))
+    return place
+
+
+def _window(node: Node) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    stride, dilation = ([1, *node.attrs[k]][-2:] for k in ("stride", "dilation"))
+    padding = [0, *node.attrs["padding"]][-2:]
+    return tuple(stride), tuple(padding), tuple(dilation)  # type: ignore[return-value]
+
+
+def _conv_at_one_pixel(e: Emitter, node: Node, w: np.ndarray, matrices: list[np.ndarray], out: Place) -> None:
+    """A conv that makes one pixel is a linear layer on the window's entries that lie in the image."""
+    x = e.places[str(node.inputs[0])]
+    channels, height, width = planes_of(x.shape)
+    _, (py, px), (dy, dx) = _window(node)
+    y = np.arange(w.shape[2]) * dy - py
+    z = np.arange(w.shape[3]) * dx - px
+    inside = ((y >= 0) & (y < height))[:, None] & ((z >= 0) & (z < width))[None, :]
+    groups, rows = len(matrices), matrices[0].shape[0]
+    kept = [m.reshape(rows, -1, *w.shape[2:])[:, :, inside].reshape(rows, -1) for m in matrices]
+    if groups == 1:
+        choice = choose(kept[0], "linear")
+    else:
+        choice = choose_groups(kept, "linear")
+    strides = (list(x.strides) + [0, 0, 0])[: len(x.shape)]
+    sc, sy, sx = (strides[0], strides[1], strides[2]) if len(strides) == 3 else (strides[0], 0, strides[-1])
+    taps = (y[:, None] * sy + z[None, :] * sx)[inside]
+    table = (np.arange(channels)[:, None] * sc + taps[None, :]).reshape(-1)
+    _linear_step(e, node, choice, w, x, table, out, (1, 0, 0), out.strides[0])
+
+
+def linear(e: Emitter, node: Node) -> None:
+    weight = e.array(node.inputs[1])
+    assert weight is not None
+    out = e.clean_target(node.outputs[0])
+    choice = choose(weight, "linear")
+    if node.inputs[0] in e.tables:
+        x, table = e.tables[str(node.inputs[0])]
+        _linear_step(e, node, choice, weight, x, table, out, (1, 0, 0), out.strides[-1])
+        return
+    x = e.places[str(node.inputs[0])]
+    table = np.arange(weight.shape[1]) * x.strides[-1]
+    lead = x.shape[:-1]
+    for outer in np.ndindex(*lead[:-1]):  # one step per entry of all leading dimensions but the last
+        shift_in, shift_out = (int(np.dot(outer, p.strides[: len(outer)])) for p in (x, out))
+        inner = (lead[-1], x.strides[-2], out.strides[-2]) if lead else (1, 0, 0)
+        moved = replace(x, offset=x.offset + shift_in), replace(out, offset=out.offset + shift_out)
+        _linear_step(e, node, choice, weight, moved[0], table, moved[1], inner, out.strides[-1], outer)
+
+
+def _linear_step(
+    e: Emitter,
+    node: Node,
+    choice: Choice,
+    w: np.ndarray,
+    x: Place,
+    table: np.ndarray,
+    out: Place,
+    positions: tuple[int, int, int],
+    row_stride: int,
+    outer: tuple[int, ...] = (),
+) -> None:
+    """table: column -> place in x. positions: how many, and their strides in x and out."""
+    count, step_in, step_out = positions
+    bias, residual = (*node.inputs, None, None)[2:4]
+    b, residual_step = Operand(), 0
+    if residual is not None:
+        place = e.places[residual]
+        shift = int(np.dot(outer, place.strides[: len(outer)])) if outer else 0
+        last = place.strides[0] if node.op == "conv" else place.strides[-1]
+        residual_step = place.strides[-2] if count > 1 else 0
+        moved = replace(place, offset=place.offset + shift)
+        b = moved.operand_of((1, 1, count, w.shape[0]), (0, 0, residual_step, last))
+    index = table[choice.blocks.columns] if choice.blocks.columns.size else choice.blocks.columns
+    e.steps.append(
+        Step(
+            name=node.name,
+            op="linear",
+            out=out.operand_of((1, 1, count, w.shape[0]), (0, 0, step_out, row_stride)),
+            a=x.operand(),
+            b=b,
+            activation=fused_activation(node),
+            params=(choice.blocks.height, count, step_in, step_out, residual_step, row_stride),
+            arrays=_arrays(choice, index, e.array(bias)),
+            **_facts(node, choice, w),
+        )
+    )
+
+

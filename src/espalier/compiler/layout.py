@@ -1,0 +1,289 @@
+"""Layout: how activations lie in memory.
+
+A value [channels, height, width] lies as planes, one per channel, whose rows and planes are kept apart by margins of
+zeros wide enough for the windows that read them. The margin right of a row is the margin left of the next one, and the
+margin below a plane the margin above the next. Values that convolutions connect get equal row strides, so that a whole
+plane, margins and all, is one run of pixels.
+
+Concatenations along channels are laid out first and their parts written in place; channel slices read in place.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from espalier.compiler.program import Four, Operand, Space, dense_strides
+from espalier.graph.ir import Graph, Node
+
+_BATCH_STRIDE = 1 << 50  # of the batch dimension while views are worked out; no sample is as large
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A buffer of the arena: planes with margins.
+
+    vertical, side: rows of zeros above and below, columns of zeros beside. front: floats before pixel (0, 0, 0).
+    """
+
+    name: str
+    channels: int
+    height: int
+    width: int
+    row_stride: int
+    plane: int
+    vertical: int = 0
+    side: int = 0
+    front: int = 0
+
+    @property
+    def margins(self) -> bool:
+        return self.vertical > 0 or self.side > 0
+
+    @property
+    def size_bytes(self) -> int:
+        return 4 * (self.front + self.channels * self.plane)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value lies: a strided view [*shape] of a storage, an input or a constant."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+    storage: Storage | None = None
+    space: Space = "arena"
+    index: int = 0
+    constant: object = None
+
+    def operand(self) -> Operand:
+        """As four dimensions: [1, channels, height, width], [1, channels, 1, length] or [1, 1, 1, n]."""
+        return self.operand_of(*four(self.shape, self.strides))
+
+    def operand_of(self, sizes: Four, strides: Four) -> Operand:
+        name = self.storage.name if self.storage else ""
+        return Operand(self.space, self.index, self.offset, sizes, strides, name, self.constant)  # type: ignore[arg-type]
+
+    @property
+    def dense(self) -> bool:
+        wanted = dense_strides(self.shape)
+        return all(size == 1 or a == b for size, a, b in zip(self.shape, self.strides, wanted))
+
+    def front(self) -> int | None:
+        """Margin floats that the writer of this place must zero before it; None where there are no margins."""
+        if self.storage is None or not self.storage.margins:
+            return None
+        return self.storage.front if self.offset == self.storage.front else 0
+
+    def fits(self, vertical: int, side: int) -> bool:
+        """Whether a window may reach so far beyond the image, and kernels may read along its rows."""
+        s = self.storage
+        if s is None or self.space != "arena" or s.vertical < vertical or s.side < side:
+            return False
+        sizes, strides = four(self.shape, self.strides)
+        whole = sizes[2] == s.height and sizes[3] == s.width
+        apart = (sizes[3] == 1 or strides[3] == 1) and (sizes[2] == 1 or strides[2] == s.row_stride)
+        return whole and apart and (sizes[1] == 1 or strides[1] == s.plane) and sizes[0] == 1
+
+
+def four(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Four, Four]:
+    """Four dimensions of a per-sample shape of rank 0 to 4."""
+    if len(shape) == 2:
+        return (1, shape[0], 1, shape[1]), (0, strides[0], 0, strides[1])
+    if len(shape) == 4:
+        return shape, strides  # type: ignore[return-value]
+    lead = 4 - len(shape)
+    return (1,) * lead + shape, (0,) * lead + strides  # type: ignore[return-value]
+
+
+def planes_of(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Channels, height and width of a per-sample shape of rank 1 to 3.
+
+    >>> planes_of((8, 5, 5)), planes_of((8, 5)), planes_of((8,))
+    ((8, 5, 5), (8, 1, 5), (8, 1, 1))
+    """
+    if len(shape) == 3:
+        return shape  # type: ignore[return-value]
+    return (shape[0], 1, shape[1]) if len(shape) == 2 else (shape[0], 1, 1)
+
+
+def view(source: Place, function: object, batch: int, node_attrs: dict[str, object]) -> list[Place] | None:
+    """`function(tensor, **attrs)` as views of `source`, found out on a tensor without data; None where it must copy."""
+    meta = torch.empty_strided((batch, *source.shape), (_BATCH_STRIDE, *source.strides), device="meta")
+    try:
+        result = function(meta, **node_attrs)  # type: ignore[operator]
+    except RuntimeError:
+        return None
+    places = []
+    for tensor in (result,) if isinstance(result, torch.Tensor) else result:
+        kept = tensor.ndim and tensor.shape[0] == batch and (batch == 1 or tensor.stride(0) == _BATCH_STRIDE)
+        offset = int(tensor.storage_offset())
+        if not kept or offset >= _BATCH_STRIDE or tensor.untyped_storage() is None or tensor._base is None:
+            return None
+        places.append(
+            replace(
+                source, shape=tuple(tensor.shape[1:]), strides=tuple(tensor.stride()[1:]), offset=source.offset + offset
+            )
+        )
+    return places
+
+
+@dataclass
+class _Root:
+    """A storage in the making."""
+
+    channels: int
+    height: int
+    width: int
+    vertical: int = 0
+    side: int = 0
+
+
+@dataclass
+class Layout:
+    """The storages of one native piece of a graph.
+
+    home: fresh value (written by a step) -> root and first channel there. roots: by name; a value that must be copied
+    into planes has the root "<value>/planes".
+    """
+
+    graph: Graph
+    inputs: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+    home: dict[str, tuple[str, int]] = field(default_factory=dict)
+    roots: dict[str, _Root] = field(default_factory=dict)
+    above: dict[str, str] = field(default_factory=dict)  # union-find over roots: equal row strides
+
+    def storage(self, root: str) -> Storage:
+        """The finished storage of a root."""
+        r = self.roots[root]
+        if r.height * r.width == 1 and not r.vertical and not r.side:
+            return Storage(root, r.channels, 1, 1, 1, 1)
+        same = [o for name, o in self.roots.items() if self._find(name) == self._find(root)]
+        stride = max(o.width + o.side for o in same)
+        reach = r.vertical * stride + r.side  # what windows read before the first and after the last pixel
+        plane = (r.height - 1) * stride + r.width + reach
+        if plane >= 256:  # planes begin in different cache sets: an odd number of cache lines
+            plane = (-(-plane // 16) | 1) * 16
+        front = -(-reach // 16) * 16
+        return Storage(root, r.channels, r.height, r.width, stride, plane, r.vertical, r.side, front)
+
+    def place(self, value: str) -> Place:
+        """Where a fresh value will be written."""
+        shape = self.shapes[value]
+        if len(shape) == 0 or len(shape) > 3:
+            size = math.prod(shape)
+            storage = Storage(value, 1, 1, size, size, size)
+            return Place(shape, dense_strides(shape), 0, storage)
+        root, channel = self.home[value]
+        return self._planes(self.storage(root), channel, shape)
+
+    def copy_place(self, value: str) -> Place:
+        """Where `value` is copied to when it must lie as planes and does not."""
+        return self._planes(self.storage(f"{value}/planes"), 0, self.shapes[value])
+
+    @staticmethod
+    def _planes(storage: Storage, channel: int, shape: tuple[int, ...]) -> Place:
+        strides = {3: (storage.plane, storage.row_stride, 1), 2: (storage.plane, 1), 1: (storage.plane,)}[len(shape)]
+        return Place(shape, strides, storage.front + channel * storage.plane, storage)
+
+    # -- while planning --
+
+    def add(self, name: str, shape: tuple[int, ...]) -> None:
+        self.roots[name] = _Root(*planes_of(shape))
+        self.above[name] = name
+
+    def need(self, root: str, vertical: int, side: int) -> None:
+        r = self.roots[root]
+        r.vertical, r.side = max(r.vertical, vertical), max(r.side, side)
+
+    def join(self, a: str, b: str) -> None:
+        """Equal row strides, where the widths are close enough that little is wasted."""
+        x, y = self.roots[a], self.roots[b]
+        if min(x.width, y.width) * 5 >= max(x.width, y.width) * 4:
+            self.above[self._find(a)] = self._find(b)
+
+    def _find(self, name: str) -> str:
+        while self.above[name] != name:
+            name = self.above[name]
+        return name
+
+
+def plan_layout(graph: Graph, nodes: tuple[Node, ...], inputs: tuple[str, ...], fresh: set[str]) -> Layout:
+    """Storages for the values that `nodes` write. fresh: the values that steps write, rather than views of others."""
+    shapes = {name: tuple(value.shape[1:]) for name, value in graph.values.items() if value.shape}
+    layout = Layout(graph, inputs, shapes)
+    parts = _channel_parts(nodes, shapes, fresh)
+    for node in nodes:
+        for name in node.outputs:
+            if 1 <= len(shapes[name]) <= 3 and name in fresh and name not in parts:
+                layout.add(name, shapes[name])
+    for name in [n for node in nodes for n in node.outputs]:
+        root, channel = name, 0
+        while root in parts:
+            root, channel = parts[root][0], channel + parts[root][1]
+        if root in layout.roots:
+            layout.home[name] = (root, channel)
+    for node in nodes:
+        if node.op == "conv":
+            _plan_conv(layout, node, graph)
+        elif node.op in ("add", "sub", "mul", "div"):
+            homes = [layout.home[n][0] for n in (*node.inputs, *node.outputs) if n in layout.home]
+            for a, b in zip(homes, homes[1:]):
+                if layout.roots[a].height == layout.roots[b].height:
+                    layout.join(a, b)
+    return layout
+
+
+def _channel_parts(
+    nodes: tuple[Node, ...], shapes: dict[str, tuple[int, ...]], fresh: set[str]
+) -> dict[str, tuple[str, int]]:
+    """value -> (value whose storage it is part of, first channel there)."""
+    parts: dict[str, tuple[str, int]] = {}
+    for node in nodes:
+        names = [n for n in node.inputs if n is not None]
+        if node.op == "concat" and node.attrs["dim"] in (1, 1 - len(shapes[names[0]]) - 1):
+            channel = 0
+            for name in names:
+                if name in fresh and name not in parts and names.count(name) == 1 and len(shapes[name]) in (1, 2, 3):
+                    parts[name] = (node.outputs[0], channel)
+                channel += shapes[name][0]
+        elif node.op in ("slice", "split") and node.attrs["dim"] == 1 and len(shapes[names[0]]) in (2, 3):
+            if node.op == "slice" and node.attrs["step"] != 1:
+                continue
+            channel = node.attrs.get("start", 0) or 0
+            channel += shapes[names[0]][0] if channel < 0 else 0
+            for name in node.outputs:
+                parts[name] = (names[0], channel)
+                channel += shapes[name][0]
+    return parts
+
+
+def _plan_conv(layout: Layout, node: Node, graph: Graph) -> None:
+    """Margins for a window of stride 1, and equal row strides of what it reads and writes."""
+    source, out = str(node.inputs[0]), node.outputs[0]
+    window = graph.values[str(node.inputs[1])].shape[2:]
+    home = layout.home[source][0] if source in layout.home else None
+    target = layout.home[out][0]
+    if all(s == 1 for s in node.attrs["stride"]):
+        padding = [0, *node.attrs["padding"]][-2:]
+        if home is None:
+            home = f"{source}/planes"
+            if home not in layout.roots:
+                layout.add(home, layout.shapes[source])
+        layout.need(home, padding[0], padding[1])
+        layout.join(home, target)
+    else:
+        phases = f"{node.name}/phases"
+        stride, dilation = ([1, *node.attrs[k]][-2:] for k in ("stride", "dilation"))
+        _, height, width = planes_of(layout.shapes[out])
+        reach = [(w - 1) * d // s for w, d, s in zip([1, *window][-2:], dilation, stride)]
+        layout.roots[phases] = _Root(planes_of(layout.shapes[source])[0], height + reach[0], width + reach[1])
+        layout.above[phases] = phases
+        layout.join(phases, target)
+    residual = node.inputs[3] if len(node.inputs) > 3 else None
+    if residual in layout.home:
+        layout.join(layout.home[residual][0], target)

@@ -1,0 +1,158 @@
+"""Lowering: a graph becomes a program; what the engine lacks becomes pieces for PyTorch between programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from espalier.compiler.emit import Emitter
+from espalier.compiler.fuse import fuse
+from espalier.compiler.layout import Place, plan_layout
+from espalier.compiler.memory import Interval, allocate
+from espalier.compiler.program import Operand, Program, Step, TensorSpec, dense_strides
+from espalier.compiler.support import LOWERINGS, why_not
+from espalier.errors import CompileError
+from espalier.graph.ir import Graph, Node
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a graph that runs in one go: by the engine (`program`), or by PyTorch (`reasons`: node -> why)."""
+
+    graph: Graph
+    program: Program | None = None
+    reasons: tuple[tuple[str, str], ...] = ()
+
+
+def lower(graph: Graph) -> Program:
+    """The program of a whole graph, fused or not.
+
+    Raises CompileError, naming nodes and their place in the user's code, where the engine cannot run all of it
+    (`split` hands those parts to PyTorch).
+    """
+    batch = batch_of(graph)
+    refused = [(node, reason) for node in graph.nodes if (reason := why_not(graph, node, batch))]
+    refused += [(None, reason) for reason in _strange_ends(graph, batch)]
+    if refused:
+        lines = [f"{n.name} ({n.op}) at {n.place or 'unknown place'}: {r}" if n else r for n, r in refused[:5]]
+        raise CompileError("the engine cannot run all of this graph: " + "; ".join(lines))
+    fused = any("activation" in node.attrs for node in graph.nodes)
+    return _program(graph if fused else fuse(graph), batch)
+
+
+def split(graph: Graph) -> tuple[Piece, ...]:
+    """The whole graph as pieces in the order in which they run: as few as a greedy order gives."""
+    batch = batch_of(graph)
+    reasons = {node.name: why_not(graph, node, batch) for node in graph.nodes}
+    pieces = []
+    for native, nodes in _runs(graph, reasons):
+        part = _subgraph(graph, nodes)
+        why = tuple((n.name, reasons[n.name]) for n in nodes if reasons[n.name])
+        if native and any(LOWERINGS[n.op].fresh for n in nodes) and not _strange_ends(part, batch):
+            pieces.append(Piece(part, _program(fuse(part), batch)))
+        else:
+            pieces.append(Piece(part, None, why))
+    return tuple(pieces)
+
+
+def batch_of(graph: Graph) -> int:
+    """Size of dimension 0 of the inputs at which the graph was captured; 0 where there is none."""
+    shapes = [graph.values[name].shape for name in graph.inputs if graph.values[name].shape]
+    return shapes[0][0] if shapes else 0
+
+
+def _strange_ends(graph: Graph, batch: int) -> list[str]:
+    """Inputs and outputs that are no batches of float32 samples."""
+    found = []
+    for name in (*graph.inputs, *graph.outputs):
+        value = graph.values[name]
+        if name in graph.tensors or str(value.dtype) != "torch.float32" or not value.shape:
+            found.append(f"{name} is no batch of float32 samples")
+        elif not (value.batched or value.shape[0] == batch) or len(value.shape) > 5:
+            found.append(f"{name} does not follow the batch")
+    return found
+
+
+def _runs(graph: Graph, reasons: dict[str, str]) -> list[tuple[bool, list[Node]]]:
+    """Nodes in runs of one kind: each run takes every node of its kind that can come, in the graph's order."""
+    known = {*graph.inputs, *graph.tensors}
+    left, runs = list(graph.nodes), []
+    while left:
+        native = not reasons[left[0].name]
+        run, later = [], []
+        for node in left:
+            ready = all(name is None or name in known for name in node.inputs)
+            if ready and (not reasons[node.name]) == native:
+                run.append(node)
+                known |= set(node.outputs)
+            else:
+                later.append(node)
+        runs.append((native, run))
+        left = later
+    return runs
+
+
+def _subgraph(graph: Graph, nodes: Sequence[Node]) -> Graph:
+    """The graph of some nodes: inputs are what they read from outside, outputs what is read outside."""
+    inside = {node.name for node in nodes}
+    made = {name for node in nodes for name in node.outputs}
+    read = [name for node in nodes for name in node.inputs if name is not None]
+    readers = graph.readers()
+    wanted = set(graph.outputs)
+    outputs = [n for n in made if n in wanted or any(r.name not in inside for r in readers[n])]
+    order = {name: k for k, name in enumerate(n for node in nodes for n in node.outputs)}
+    outputs.sort(key=order.__getitem__)
+    tensors = {name: graph.tensors[name] for name in dict.fromkeys(read) if name in graph.tensors}
+    inputs = tuple(dict.fromkeys(n for n in read if n not in made and n not in tensors))
+    names = {*inputs, *made, *tensors}
+    return replace(
+        graph,
+        inputs=inputs,
+        outputs=tuple(outputs),
+        nodes=tuple(nodes),
+        values={name: value for name, value in graph.values.items() if name in names},
+        tensors=tensors,
+        parameters=graph.parameters & set(tensors),
+        output_tree=list(range(len(outputs))),
+        aliases={},
+    )
+
+
+def _program(graph: Graph, batch: int) -> Program:
+    """Steps for a fused graph that the engine can run."""
+    fresh = {name for node in graph.nodes if LOWERINGS[node.op].fresh for name in node.outputs}
+    layout = plan_layout(graph, graph.nodes, graph.inputs, fresh)
+    e = Emitter(graph, layout, batch)
+    for index, name in enumerate(graph.inputs):
+        shape = layout.shapes[name]
+        e.places[name] = Place(shape, dense_strides(shape), space="input", index=index)
+    for node in graph.nodes:
+        LOWERINGS[node.op].emit(e, node)
+    for index, name in enumerate(graph.outputs):
+        shape = layout.shapes[name]
+        out = Place(shape, dense_strides(shape), space="output", index=index)
+        e.copy(e.places[name], out, f"{name}/output")
+    steps, size = _in_arena(e)
+    inputs, outputs = (tuple(TensorSpec(n, layout.shapes[n]) for n in names) for names in (graph.inputs, graph.outputs))
+    return Program(inputs, outputs, steps, size)
+
+
+def _in_arena(e: Emitter) -> tuple[tuple[Step, ...], int]:
+    """Steps whose operands lie in one arena, and its size in bytes."""
+    alive: dict[str, tuple[int, int]] = {}
+    for number, step in enumerate(e.steps):
+        for name in _storages(step):
+            alive[name] = (alive.get(name, (number, number))[0], number)
+    arena = allocate([Interval(n, e.storages[n].size_bytes, a, b) for n, (a, b) in alive.items()])
+
+    def settled(operand: Operand) -> Operand:
+        if not operand.storage:
+            return operand
+        return replace(operand, offset=operand.offset + arena.offsets[operand.storage] // 4, storage="")
+
+    steps = [replace(s, out=settled(s.out), a=settled(s.a), b=settled(s.b)) for s in e.steps]
+    return tuple(steps), arena.size_bytes
+
+
+def _storages(step: Step) -> Iterable[str]:
+    return (operand.storage for operand in (step.out, step.a, step.b) if operand.storage)

@@ -1,0 +1,170 @@
+"""What the engine can run: for every op a row with its check and the function that writes its steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from espalier.compiler import emit_blocks, emit_ops
+from espalier.compiler.emit import Emitter
+from espalier.graph.ir import Graph, Node
+
+MAX_RANK = 4  # of one sample
+
+Check = Callable[[Graph, Node], str]  # why not, or ""
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How an op becomes steps. check: why a node of it cannot, or "". fresh: it writes values rather than viewing them."""
+
+    emit: Callable[[Emitter, Node], None]
+    check: Check
+    fresh: bool = True
+
+
+def why_not(graph: Graph, node: Node, batch: int) -> str:
+    """Why the engine cannot run `node`; "" when it can. batch: size of dimension 0 in the captured graph."""
+    row = LOWERINGS.get(node.op)
+    if row is None:
+        return f"no kernel for {node.target or node.op}" if node.op == "opaque" else f"no kernel for {node.op}"
+    activations = [n for n in (*node.inputs, *node.outputs) if n is not None and n not in graph.tensors]
+    for name in activations:
+        value = graph.values[name]
+        if value.dtype != torch.float32:
+            return f"{name} is {value.dtype}, kernels are float32"
+        if not value.shape or not (value.batched or value.shape[0] == batch):
+            return f"{name} does not follow the batch"
+        if len(value.shape) - 1 > MAX_RANK:
+            return f"{name} has {len(value.shape) - 1} dimensions beside the batch, kernels take {MAX_RANK}"
+        if not all(value.shape):
+            return f"{name} is empty"
+    return row.check(graph, node)
+
+
+def _fine(graph: Graph, node: Node) -> str:
+    return ""
+
+
+def _rank(graph: Graph, node: Node) -> int:
+    """Of input 0, without the batch."""
+    return len(graph.values[str(node.inputs[0])].shape) - 1
+
+
+def _constants(graph: Graph, node: Node) -> str:
+    weights = node.inputs[1:3] if node.op in ("conv", "linear") else node.inputs[1:]  # input 3 is a fused residual
+    missing = [n for n in weights if n is not None and n not in graph.tensors]
+    if missing:
+        return f"{missing[0]} is computed, not a weight"
+    strange = [n for n in weights if n is not None and not graph.tensors[n].is_floating_point()]
+    return f"{strange[0]} is not floating point" if strange else ""
+
+
+def _conv(graph: Graph, node: Node) -> str:
+    if node.inputs[0] in graph.tensors:
+        return "its input is a constant"
+    weight = graph.values[str(node.inputs[1])].shape
+    if len(weight) > 4 or _rank(graph, node) != len(weight) - 1:
+        return "convolutions in three dimensions"
+    return _constants(graph, node)
+
+
+def _linear(graph: Graph, node: Node) -> str:
+    shape = graph.values[str(node.inputs[0])].shape
+    if node.inputs[0] in graph.tensors or len(shape) < 2:
+        return "its input is a constant"
+    if math.prod(shape[1:-2]) > 64:
+        return "too many leading dimensions"
+    return _constants(graph, node)
+
+
+def _planar(graph: Graph, node: Node) -> str:
+    if node.inputs[0] in graph.tensors:
+        return "its input is a constant"
+    return "" if _rank(graph, node) in (2, 3) else "it pools over another number of dimensions"
+
+
+def _pool(graph: Graph, node: Node) -> str:
+    attrs = node.attrs
+    sizes = [*attrs["window"], *attrs["stride"], *attrs["padding"], *attrs.get("dilation", [])]
+    if max(sizes) > 4096 or len(attrs["window"]) != _rank(graph, node) - 1:
+        return "a window of this size"
+    return _planar(graph, node)
+
+
+def _adaptive(graph: Graph, node: Node) -> str:
+    return "an open size" if None in node.attrs["size"] else _planar(graph, node)
+
+
+def _mean(graph: Graph, node: Node) -> str:
+    rank = _rank(graph, node)
+    dims = [d - 1 if d >= 0 else d + rank for d in node.attrs["dims"]]
+    if -1 in dims or not 1 <= len(dims) <= 2 or rank - len(dims) > 1:
+        return "a mean over these dimensions"
+    return ""
+
+
+def _softmax(graph: Graph, node: Node) -> str:
+    return "softmax over the batch" if node.attrs["dim"] in (0, -_rank(graph, node) - 1) else ""
+
+
+def _binary(graph: Graph, node: Node) -> str:
+    names = [n for n in node.inputs if n is not None]
+    if len(names) == 1:
+        return "" if node.op != "div" or node.attrs["other"] != 0 else "division by zero"
+    if node.attrs.get("alpha", 1) != 1:
+        return "alpha"
+    rank = len(graph.values[node.outputs[0]].shape)
+    for name in names:
+        value = graph.values[name]
+        if name not in graph.tensors:
+            if len(value.shape) != rank:
+                return "operands of different rank"
+        elif value.dtype != torch.float32 or len(value.shape) > rank or (len(value.shape) == rank and value.shape[0] != 1):
+            return f"{name} does not fit one sample"
+    return "both operands are constants" if all(n in graph.tensors for n in names) else ""
+
+
+def _concat(graph: Graph, node: Node) -> str:
+    if any(n in graph.tensors for n in node.inputs):
+        return "a constant among its inputs"
+    rank = _rank(graph, node)
+    return "concatenation of samples" if node.attrs["dim"] in (0, -rank - 1) else ""
+
+
+def _pad(graph: Graph, node: Node) -> str:
+    amounts = node.attrs["amounts"]
+    return "" if min(amounts, default=0) >= 0 and len(amounts) <= 2 * _rank(graph, node) else "negative padding"
+
+
+def _move(graph: Graph, node: Node) -> str:
+    if node.inputs[0] in graph.tensors:
+        return "its input is a constant"
+    return ""
+
+
+def _table() -> dict[str, Lowering]:
+    ops, blocks = emit_ops, emit_blocks
+    table = {
+        "conv": Lowering(blocks.conv, _conv),
+        "linear": Lowering(blocks.linear, _linear),
+        "affine": Lowering(ops.affine, _constants),
+        "batch_norm": Lowering(ops.batch_norm, _constants),
+        "max_pool": Lowering(ops.pool, _pool),
+        "avg_pool": Lowering(ops.pool, _pool),
+        "adaptive_avg_pool": Lowering(ops.adaptive, _adaptive),
+        "mean": Lowering(ops.mean, _mean),
+        "softmax": Lowering(ops.softmax, _softmax),
+        "log_softmax": Lowering(ops.softmax, _softmax),
+        "concat": Lowering(ops.concat, _concat),
+        "pad": Lowering(ops.pad, _pad),
+    }
+    table |= {name: Lowering(ops.unary, _move) for name in ops.ACTIVATIONS_ALONE}
+    table |= {name: Lowering(ops.binary, _binary) for name in ops.BINARY}
+    return table | {name: Lowering(ops.move, _move, fresh=False) for name in ops.MOVES}
+
+
+LOWERINGS: dict[str, Lowering] = _table()

@@ -1,0 +1,187 @@
+"""Engine: the native library through ctypes. The only file that knows it; calls release the GIL."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import sysconfig
+from collections.abc import Sequence
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import espalier
+from espalier.errors import EngineError
+
+_VERSION = 1
+_BUSY, _BAD_VERSION = 6, 3
+_NAME = {"darwin": "libespalier.dylib", "win32": "espalier.dll"}.get(sys.platform, "libespalier.so")
+_SIGNATURES: dict[str, tuple[object, list[object]]] = {
+    "esp_version": (c_uint32, []),
+    "esp_code_name": (c_char_p, [c_int]),
+    "esp_isa_name": (c_char_p, [c_int]),
+    "esp_isa_supported": (c_int, [c_int]),
+    "esp_isa": (c_int, [c_char_p, c_size_t]),
+    "esp_load": (c_int, [c_char_p, c_size_t, POINTER(c_void_p), c_char_p, c_size_t]),
+    "esp_free": (None, [c_void_p]),
+    "esp_workspace_size": (c_int64, [c_void_p]),
+    "esp_step_count": (c_int32, [c_void_p]),
+    "esp_step_name": (c_char_p, [c_void_p, c_int32]),
+    "esp_step_note": (c_char_p, [c_void_p, c_int32]),
+    "esp_step_kernel": (c_char_p, [c_void_p, c_int32]),
+    "esp_input_count": (c_int32, [c_void_p]),
+    "esp_output_count": (c_int32, [c_void_p]),
+    "esp_input_name": (c_char_p, [c_void_p, c_int32]),
+    "esp_output_name": (c_char_p, [c_void_p, c_int32]),
+    "esp_input_shape": (c_int32, [c_void_p, c_int32, POINTER(c_int64), c_int32]),
+    "esp_output_shape": (c_int32, [c_void_p, c_int32, POINTER(c_int64), c_int32]),
+    "esp_context_create": (c_int, [c_void_p, c_int32, POINTER(c_void_p), c_char_p, c_size_t]),
+    "esp_context_free": (None, [c_void_p]),
+    "esp_run": (c_int, [c_void_p, c_int64, POINTER(c_void_p), POINTER(c_void_p)]),
+    "esp_profile": (c_int, [c_void_p, c_int]),
+    "esp_step_ms": (c_double, [c_void_p, c_int32]),
+}
+
+
+@dataclass(frozen=True)
+class Isa:
+    """An instruction set that the library was compiled for, and whether this machine has it."""
+
+    name: str
+    supported: bool
+
+
+def library_path() -> Path:
+    """Where the native library is: $ESPALIER_LIBRARY, or beside the package. Raises EngineError when it is nowhere."""
+    forced = os.environ.get("ESPALIER_LIBRARY")
+    if forced:
+        if not Path(forced).is_file():
+            raise EngineError(f"ESPALIER_LIBRARY={forced}: no such file")
+        return Path(forced)
+    package = Path(espalier.__file__).parent
+    places = [package / "_native" / _NAME, Path(sysconfig.get_path("platlib")) / "espalier" / "_native" / _NAME]
+    for place in places:
+        if place.is_file():
+            return place
+    raise EngineError(
+        f"the native engine is not built: {places[0]} is missing. Build it with `cmake -S . -B build && "
+        "cmake --build build` in the checkout, install a wheel, or set ESPALIER_LIBRARY to the library's path"
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    path = library_path()
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise EngineError(f"{path} cannot be loaded: {error}. Build it again") from error
+    if library.esp_version() != _VERSION:
+        raise EngineError(f"{path} has interface {library.esp_version()}, this package needs {_VERSION}. Build it again")
+    return library
+
+
+def isas() -> tuple[Isa, ...]:
+    """The instruction sets of the library, best first."""
+    library, found = _library(), []
+    while (name := library.esp_isa_name(len(found))) is not None:
+        found.append(Isa(name.decode(), bool(library.esp_isa_supported(len(found)))))
+    return tuple(found)
+
+
+def isa() -> str:
+    """The instruction set that a program loaded now runs on: the best one here, or $ESPALIER_ISA.
+
+    Raises EngineError when ESPALIER_ISA names one that is unknown or missing here.
+    """
+    message = ctypes.create_string_buffer(512)
+    number = _library().esp_isa(message, len(message))
+    if number < 0:
+        raise EngineError(message.value.decode(errors="replace"), 5)
+    return isas()[number].name
+
+
+class LoadedProgram:
+    """A program in the engine. Read-only: any number of contexts may run it at once."""
+
+    def __init__(self, data: bytes) -> None:
+        """Raises EngineError with the engine's reason for refusing `data`."""
+        self._handle: c_void_p | None = None
+        self._library = _library()
+        handle, message = c_void_p(), ctypes.create_string_buffer(512)
+        code = self._library.esp_load(data, len(data), ctypes.byref(handle), message, len(message))
+        if code:
+            raise EngineError(message.value.decode(errors="replace") or self._code_name(code), code)
+        self._handle = handle
+        self.workspace_bytes = int(self._library.esp_workspace_size(handle))
+        self.inputs = self._tensors("input")
+        self.outputs = self._tensors("output")
+        count = self._library.esp_step_count(handle)
+        self.steps = [self._text("esp_step_name", i) for i in range(count)]
+        self.notes = [self._text("esp_step_note", i) for i in range(count)]
+        self.kernels = [self._text("esp_step_kernel", i) for i in range(count)]
+
+    def __del__(self) -> None:
+        if self._handle is not None:
+            self._library.esp_free(self._handle)
+
+    def _code_name(self, code: int) -> str:
+        return str(self._library.esp_code_name(code).decode())
+
+    def _text(self, function: str, i: int) -> str:
+        return str(getattr(self._library, function)(self._handle, i).decode(errors="replace"))
+
+    def _tensors(self, kind: str) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of one sample of each input or output."""
+        count = getattr(self._library, f"esp_{kind}_count")(self._handle)
+        dims = (c_int64 * 8)()
+        found = []
+        for i in range(count):
+            rank = getattr(self._library, f"esp_{kind}_shape")(self._handle, i, dims, 8)
+            found.append((self._text(f"esp_{kind}_name", i), tuple(dims[:rank])))
+        return found
+
+
+class Context:
+    """Workspace and threads for running a program; for one caller at a time."""
+
+    def __init__(self, program: LoadedProgram, threads: int) -> None:
+        """Raises EngineError when memory or threads are refused."""
+        self._handle: c_void_p | None = None
+        self._library, self.program = _library(), program
+        handle, message = c_void_p(), ctypes.create_string_buffer(512)
+        code = self._library.esp_context_create(program._handle, threads, ctypes.byref(handle), message, len(message))
+        if code:
+            raise EngineError(message.value.decode(errors="replace"), code)
+        self._handle = handle
+
+    def __del__(self) -> None:
+        if self._handle is not None:
+            self._library.esp_context_free(self._handle)
+
+    def run(self, inputs: Sequence[np.ndarray], batch: int) -> list[np.ndarray]:
+        """Outputs for `batch` samples; inputs are contiguous float32 ``[batch, *shape]`` and checked by the caller."""
+        shapes = [(batch, *shape) for _, shape in self.program.inputs]
+        if [i.shape for i in inputs] != shapes or not all(i.flags.c_contiguous and i.dtype == np.float32 for i in inputs):
+            raise EngineError(f"the program takes contiguous float32 arrays of shapes {shapes}", 1)
+        outputs = [np.empty((batch, *shape), np.float32) for _, shape in self.program.outputs]
+        pointers = [(c_void_p * max(1, len(a)))(*[x.ctypes.data for x in a]) for a in (inputs, outputs)]
+        code = self._library.esp_run(self._handle, batch, *pointers)
+        if code:
+            raise EngineError(f"the engine refused to run: {self.program._code_name(code)}", code)
+        return outputs
+
+    def profile(self, on: bool) -> None:
+        """Time every step of the runs that follow; sets the times to zero."""
+        self._library.esp_profile(self._handle, int(on))
+
+    def step_ms(self) -> list[float]:
+        """Milliseconds spent in each step since `profile`."""
+        return [self._library.esp_step_ms(self._handle, i) for i in range(len(self.program.steps))]

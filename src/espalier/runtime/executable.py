@@ -1,0 +1,208 @@
+"""Executable: a compiled network that is called like the one it came from."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from espalier.compiler.lower import Piece, batch_of, split
+from espalier.errors import ShapeError
+from espalier.graph.capture import ExampleInputs, capture
+from espalier.graph.interpret import assemble, run_values
+from espalier.graph.ir import Graph
+from espalier.graph.module import to_module
+from espalier.runtime.engine import Context, LoadedProgram
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One line of the table that says how a network runs.
+
+    kernel: the native kernel, or "torch". format, reason: how the weights are stored, and why.
+    """
+
+    step: str
+    op: str
+    kernel: str
+    format: str
+    reason: str
+    nonzeros: int
+    weights: int
+
+
+class _Native:
+    """A piece with its program in the engine, and contexts that wait for callers."""
+
+    def __init__(self, piece: Piece, threads: int) -> None:
+        assert piece.program is not None
+        self.program, self.threads = piece.program, threads
+        self.loaded = LoadedProgram(piece.program.to_bytes())
+        self.inputs, self.outputs = piece.graph.inputs, piece.graph.outputs
+        self.idle: list[Context] = [Context(self.loaded, threads)]
+
+    def __call__(self, values: dict[str, Any], batch: int, times: defaultdict[str, float] | None) -> None:
+        arrays = [_array(values[name]) for name in self.inputs]
+        try:
+            context = self.idle.pop()  # atomic: two callers never get the same
+        except IndexError:
+            context = Context(self.loaded, self.threads)
+        try:
+            if times is not None:
+                context.profile(True)
+            results = context.run(arrays, batch)
+            if times is not None:
+                for step, spent in zip(self.program.steps, context.step_ms()):
+                    times[step.name] += spent
+                context.profile(False)
+        finally:
+            self.idle.append(context)
+        values.update(zip(self.outputs, results))
+
+
+class _Torch:
+    """A piece that PyTorch runs."""
+
+    def __init__(self, piece: Piece) -> None:
+        self.graph = piece.graph
+
+    def __call__(self, values: dict[str, Any], batch: int, times: defaultdict[str, float] | None) -> None:
+        with torch.no_grad():
+            found = run_values(self.graph, [torch.as_tensor(values[name]) for name in self.graph.inputs])
+        values.update({name: found[name] for name in self.graph.outputs})
+
+
+class Executable:
+    """A network compiled for this machine. May be called from several threads at once.
+
+    graph: what it computes. threads: how many the engine uses for one call.
+    fallbacks: what PyTorch runs, as "node (op): why".
+    """
+
+    def __init__(self, graph: Graph, threads: int | None = None) -> None:
+        """Raises EngineError when the native library is missing or refuses."""
+        self.graph = graph
+        self.threads = threads or os.cpu_count() or 1
+        if self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        self._pieces = split(graph)
+        self._batch = batch_of(graph)
+        self._runners = [_Native(p, self.threads) if p.program else _Torch(p) for p in self._pieces]
+        self._profiling = threading.Lock()
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        nodes = {node.name: node for node in self.graph.nodes}
+        return tuple(f"{name} ({nodes[name].op}): {why}" for p in self._pieces for name, why in p.reasons)
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """The network's outputs on tensors (float32, CPU) or numpy arrays, in the same kind, any batch size.
+
+        Raises ShapeError for inputs of another number, shape or dtype.
+        """
+        return self._run(inputs, named, None)
+
+    def profile(self, *inputs: Any, **named: Any) -> dict[str, float]:
+        """Milliseconds of every native step, by name, in one run on `inputs`."""
+        times: defaultdict[str, float] = defaultdict(float)
+        self._run(inputs, named, times)
+        return dict(times)
+
+    def describe(self) -> list[StepRow]:
+        """How every step runs, in order."""
+        rows = []
+        for piece, runner in zip(self._pieces, self._runners):
+            if isinstance(runner, _Native):
+                for step, kernel in zip(runner.program.steps, runner.loaded.kernels):
+                    rows.append(
+                        StepRow(step.name, step.op, kernel, step.format, step.reason, step.nonzeros, step.weights)
+                    )
+            else:
+                why = dict(piece.reasons)
+                for node in piece.graph.nodes:
+                    rows.append(StepRow(node.name, node.op, "torch", "", why.get(node.name, "beside others"), 0, 0))
+        return rows
+
+    def to_module(self) -> nn.Module:
+        """An ordinary PyTorch module that computes the same."""
+        return to_module(self.graph)
+
+    def _run(self, inputs: Sequence[Any], named: Mapping[str, Any], times: defaultdict[str, float] | None) -> Any:
+        given = self._checked(inputs, named)
+        batch = given[0].shape[0] if given and given[0].ndim else 0
+        values: dict[str, Any] = dict(zip(self.graph.inputs, given))
+        if batch == 0:
+            leaves = [torch.empty((0, *self.graph.values[n].shape[1:])) for n in self.graph.outputs]
+        else:
+            for runner in self._runners:
+                runner(values, batch, times)
+            leaves = [values[n] if n in values else self.graph.tensors[n].detach() for n in self.graph.outputs]
+        numpy = bool(given) and all(isinstance(x, np.ndarray) for x in given)
+        return assemble(self.graph.output_tree, [_array(x) if numpy else _tensor(x) for x in leaves])
+
+    def _checked(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
+        names = self.graph.inputs
+        unknown = [n for n in named if n not in names[len(inputs) :]]
+        if unknown or len(inputs) + len(named) != len(names):
+            raise ShapeError(
+                f"the network takes {len(names)} inputs ({', '.join(names)}), got {len(inputs)} and {list(named)}"
+            )
+        given = [*inputs, *[named[name] for name in names[len(inputs) :]]]
+        batch: int | None = None
+        for name, x in zip(names, given):
+            value = self.graph.values[name]
+            if not isinstance(x, (Tensor, np.ndarray)):
+                raise ShapeError(f"input {name}: expected a tensor or an array, got {type(x).__name__}")
+            expected, got = str(value.dtype).removeprefix("torch."), str(x.dtype).removeprefix("torch.")
+            if got != expected:
+                raise ShapeError(f"input {name}: expected {expected}, got {got}; convert it first")
+            shape = ("any", *value.shape[1:]) if value.batched else value.shape
+            fits = len(x.shape) == len(shape) and all(a in ("any", b) for a, b in zip(shape, x.shape))
+            if not fits:
+                raise ShapeError(f"input {name}: expected shape {_shown(shape)}, got {_shown(x.shape)}")
+            if value.batched and batch is not None and x.shape[0] != batch:
+                raise ShapeError(f"input {name}: expected a batch of {batch} like the other inputs, got {x.shape[0]}")
+            batch = x.shape[0] if value.batched else batch
+        return given
+
+
+def compile(
+    model: nn.Module | Graph, example_inputs: ExampleInputs | None = None, *, threads: int | None = None
+) -> Executable:
+    """Make a network ready to run on this machine's engine.
+
+    model: a module, captured in eval mode on `example_inputs`; or a graph, which needs none.
+    threads: for one call; default: all cores.
+
+    What the engine lacks runs in PyTorch, and stands in `.fallbacks`. Raises CaptureError for a module that cannot be
+    followed, EngineError when the native library is missing.
+
+    >>> compile(model, torch.randn(1, 3, 32, 32))(torch.randn(8, 3, 32, 32)).shape
+    torch.Size([8, 10])
+    """
+    if isinstance(model, Graph):
+        return Executable(model, threads)
+    if example_inputs is None:
+        raise ShapeError("compile needs example inputs for a module: compile(model, torch.randn(1, 3, 224, 224))")
+    return Executable(capture(model, example_inputs), threads)
+
+
+def _shown(shape: Sequence[Any]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def _array(x: Any) -> np.ndarray:
+    if isinstance(x, Tensor):
+        x = x.detach().cpu().contiguous().numpy()
+    return np.ascontiguousarray(x)
+
+
+def _tensor(x: Any) -> Tensor:
+    return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
