@@ -46,7 +46,7 @@ def _without_identities(graph: Graph) -> Graph:
 
 
 def _with_activation_slots(graph: Graph) -> Graph:
-    nodes = (replace(n, attrs={**n.attrs, "activation": None}) if n.op in HOSTS else n for n in graph.nodes)
+    nodes = (replace(n, attrs={"activation": None, **n.attrs}) if n.op in HOSTS else n for n in graph.nodes)
     return replace(graph, nodes=tuple(nodes))
 
 
