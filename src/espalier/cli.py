@@ -24,7 +24,7 @@ from espalier.methods import get, start
 from espalier.report import size
 from espalier.runtime import bench, compile, machine, rival
 from espalier.store import info, load
-from espalier.train import Recipe, build, example_shape
+from espalier.train import DATA, Recipe, build, example_shape
 
 INTERRUPTED = 130
 FAILED = 2
@@ -32,7 +32,7 @@ FAILED = 2
 
 def compress_command(
     model: str,
-    data: str,
+    data: str = "",
     density: float | None = None,
     plan: str | None = None,
     scheme: str = "filter+column",
@@ -73,6 +73,8 @@ def compress_command(
         recipe: how to train: batch_size, lr, momentum, weight_decay and so on
     """
     options = {k: v for k, v in locals().items() if k not in ("model", "data")}
+    if not data:
+        raise DataError(f"say which data to train on: --data {', '.join(DATA)}")
     compress(model, data, **options)
 
 
@@ -186,7 +188,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     console = Console(stderr=True)
     try:
-        auto_cli(COMMANDS, args=[_underscores(a) for a in (sys.argv[1:] if arguments is None else arguments)])
+        given = sys.argv[1:] if arguments is None else arguments
+        auto_cli(COMMANDS, args=[_underscores(argument) for argument in given], prog="espalier")
     except EspalierError as error:
         console.print(f"espalier: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return FAILED

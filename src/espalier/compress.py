@@ -25,6 +25,10 @@ from espalier.train import Data, Recipe, build, evaluate, fit, load_data, load_w
 from espalier.workspace import Workspace
 
 
+SHAPING = 0.5  # of the epochs; the rest retrains, half before purification and half after
+FINE_TUNING = 0.4  # of the recipe's learning rate, once the dense network is trained
+
+
 @dataclass(frozen=True)
 class Result:
     """What `compress` hands back: the small module, its report, and where the files lie."""
@@ -68,8 +72,8 @@ def compress(
     method: how the weights are brought into the plan: a name of METHODS or a method.
     scheme_options, method_options: keyword options of both, where they are given by name.
     max_drop: points of accuracy that may be lost; purification, before retraining, spends at most half of them.
-    epochs: of the shaping and retraining together. dense_epochs: before them; by default as many when the network
-        comes without `weights`, else none.
+    epochs: of shaping and retraining together. dense_epochs: of the dense network before; by default as many when it
+        comes from the zoo without `weights`, else none.
     weights: a safetensors file with the dense network's weights.
     threads: of the measured latencies; by default as many as PyTorch uses.
     resume: go on with a run that was stopped. A run that is over just reports.
@@ -136,14 +140,16 @@ class _Job:
         dense = self.work.phase("dense", self._dense)
         self.network.load_state_dict(dense["model"])
         original = copy.deepcopy(self.network)
-        shaping = max(1, math.ceil(self.epochs * 0.6))
+        shaping = max(1, math.ceil(self.epochs * SHAPING))
+        recovery = math.ceil((self.epochs - shaping) / 2)
         steps = shaping * self.data.train.steps(self.recipe.batch_size)
         run = start(self.network, self.plan, self.method, self.example, steps=steps)
         shaped = self.work.phase("shape", lambda: self._shape(run, shaping))
         self._restore(run, shaped)
+        self._restore(run, self.work.phase("recover", lambda: self._retrain("recover", run, recovery)))
         pure = self.work.phase("purify", lambda: self._purify(run))
         self._restore(run, pure)
-        final = self.work.phase("retrain", lambda: self._retrain(run, self.epochs - shaping))
+        final = self.work.phase("retrain", lambda: self._retrain("retrain", run, self.epochs - shaping - recovery))
         self._restore(run, final)
         return {"original": original, "shaped": shaped["score"], "purified": pure["score"], "purify": pure["report"]}
 
@@ -174,7 +180,7 @@ class _Job:
         return self._state()
 
     def _shape(self, run: Run, epochs: int) -> dict[str, Any]:
-        self._fit("shape", epochs, 0.3, run)
+        self._fit("shape", epochs, FINE_TUNING, run)
         run.finish()
         return self._state(run)
 
@@ -182,8 +188,9 @@ class _Job:
         report = purify(run, self._score, self.max_drop / 2)
         return self._state(run, report=dataclasses.asdict(report))
 
-    def _retrain(self, run: Run, epochs: int) -> dict[str, Any]:
-        self._fit("retrain", epochs, 0.3, run)
+    def _retrain(self, phase: str, run: Run, epochs: int) -> dict[str, Any]:
+        """In the frozen plan; before purification, so that its thresholds are set by a network that works."""
+        self._fit(phase, epochs, FINE_TUNING, run)
         return self._state(run)
 
 

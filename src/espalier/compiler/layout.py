@@ -92,7 +92,7 @@ class Place:
 def four(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Four, Four]:
     """Four dimensions of a per-sample shape of rank 0 to 4."""
     if len(shape) == 2:
-        return (1, shape[0], 1, shape[1]), (0, strides[0], 0, strides[1])
+        return (1, shape[0], 1, shape[1]), (0, strides[0], shape[1] * strides[1], strides[1])
     if len(shape) == 4:
         return shape, strides  # type: ignore[return-value]
     lead = 4 - len(shape)

@@ -59,7 +59,7 @@ def _sparse(words: np.ndarray) -> bytes:
     share = float(alive.mean()) if alive.size else 0.0
     quantised = int(np.clip(round(share * 65535), 1, 65534))
     coder = constriction.stream.queue.RangeEncoder()
-    coder.encode(alive.astype(np.int32), constriction.stream.model.Bernoulli(quantised / 65535))
+    coder.encode(alive.astype(np.int32), _positions(quantised))
     bitmap = coder.get_compressed().astype("<u4").tobytes()
     head = np.array([int(alive.sum()), quantised, len(bitmap)], "<u8").tobytes()
     return head + bitmap + values
@@ -73,12 +73,17 @@ def _from_sparse(data: bytes, dtype: np.dtype, count: int) -> np.ndarray:
         raise ValueError("the header of a sparse tensor cannot be")
     words = np.frombuffer(data[24 : 24 + length], "<u4").astype(np.uint32)
     decoder = constriction.stream.queue.RangeDecoder(words)
-    alive = decoder.decode(constriction.stream.model.Bernoulli(quantised / 65535), count).astype(bool)
+    alive = decoder.decode(_positions(quantised), count).astype(bool)
     if int(alive.sum()) != living:
         raise ValueError("a sparse tensor's positions and values do not agree")
     out = np.zeros(count, dtype)
     out[alive] = _unshuffled(data[24 + length :], dtype, living)
     return out
+
+
+def _positions(quantised: int) -> constriction.stream.model.Bernoulli:
+    """The model of positions: each word is alive with the same probability, `quantised` of 65535."""
+    return constriction.stream.model.Bernoulli(quantised / 65535, perfect=False)
 
 
 def _gaps(words: np.ndarray) -> bytes:

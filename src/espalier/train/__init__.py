@@ -3,7 +3,7 @@
 from espalier.train.data import DATA, Data, Split, load_data
 from espalier.train.files import download
 from espalier.train.loop import History, Recipe, Score, TrainHooks, evaluate, fit, recalibrate, seed_everything
-from espalier.train.zoo import ZOO, Network, build, example_shape, load_weights
+from espalier.train.zoo import ZOO, Network, build, example_shape, inner_widths, load_weights, read_weights
 
 __all__ = [
     "DATA",
@@ -20,8 +20,10 @@ __all__ = [
     "evaluate",
     "example_shape",
     "fit",
+    "inner_widths",
     "load_data",
     "load_weights",
+    "read_weights",
     "recalibrate",
     "seed_everything",
 ]

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from espalier.train.zoo.initial import initialise
 
 
 def _conv_norm(
     inputs: int, outputs: int, window: int, stride: int, groups: int, tensorflow: bool, folded: bool
 ) -> nn.Sequential:
     pad = tensorflow and stride == 2 and window == 3
-    conv = nn.Conv2d(inputs, outputs, window, stride, 0 if pad else window // 2, groups=groups, bias=folded)
-    norm = nn.Identity() if folded else nn.BatchNorm2d(outputs)
-    layers: list[nn.Module] = [conv, norm, nn.ReLU6()]
-    made = nn.Sequential(*layers)
-    if pad:
-        made.register_forward_pre_hook(lambda _module, x: (F.pad(x[0], (0, 1, 0, 1)),))
-    return made
+    layers: dict[str, nn.Module] = {"pad": nn.ZeroPad2d((0, 1, 0, 1))} if pad else {}  # "0" stays the conv
+    layers["0"] = nn.Conv2d(inputs, outputs, window, stride, 0 if pad else window // 2, groups=groups, bias=folded)
+    layers["1"] = nn.Identity() if folded else nn.BatchNorm2d(outputs)
+    layers["2"] = nn.ReLU6()
+    return nn.Sequential(OrderedDict(layers))
 
 
 class _InvertedResidual(nn.Module):
@@ -41,6 +43,10 @@ class MobileNetV2(nn.Module):
     """MobileNetV2 1.0 with torchvision's names.
 
     tensorflow: TensorFlow's padding before each stride-2 3 x 3 conv. folded: no batch norms, every conv has a bias.
+    Source: Sandler et al. 2018, table 2.
+
+    >>> MobileNetV2(10, folded=True)(torch.zeros(1, 3, 64, 64)).shape
+    torch.Size([1, 10])
     """
 
     def __init__(self, classes: int = 1000, tensorflow: bool = False, folded: bool = False) -> None:
@@ -63,6 +69,7 @@ class MobileNetV2(nn.Module):
         layers.append(_conv_norm(inputs, 1280, 1, 1, 1, tensorflow, folded))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, classes))
+        initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).mean((2, 3)))
@@ -79,7 +86,13 @@ class _DenseLayer(nn.Module):
 
 
 class DenseNet40(nn.Module):
-    """DenseNet-40 (k = 12) for CIFAR: three dense blocks of twelve layers, no bottleneck, no compression."""
+    """DenseNet-40 (k = 12) for CIFAR: three dense blocks of twelve layers, no bottleneck, no compression.
+
+    Source: Huang et al. 2017, "Densely connected convolutional networks".
+
+    >>> DenseNet40()(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 10])
+    """
 
     def __init__(self, classes: int = 10, growth: int = 12) -> None:
         super().__init__()
@@ -99,6 +112,7 @@ class DenseNet40(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.norm = nn.BatchNorm2d(width)
         self.fc = nn.Linear(width, classes)
+        initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(F.relu(self.norm(self.layers(self.conv(x)))).mean((2, 3)))

@@ -6,9 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from espalier.train.zoo.initial import initialise
+
 
 class LeNet5(nn.Module):
-    """LeNet-5 in its 20-50-500-10 form (the one that pruning papers count): 431,080 parameters on 1 x 28 x 28."""
+    """LeNet-5 in its 20-50-500-10 form (the one that pruning papers count): 431,080 parameters on 1 x 28 x 28.
+
+    >>> LeNet5()(torch.zeros(1, 1, 28, 28)).shape
+    torch.Size([1, 10])
+    """
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
@@ -24,7 +30,11 @@ class LeNet5(nn.Module):
 
 
 class LeNetDigits(nn.Module):
-    """LeNet's shape for the 8 x 8 digits of scikit-learn: two convs, two pools, two linear layers."""
+    """LeNet's shape for the 8 x 8 digits of scikit-learn: two convs, two pools, two linear layers.
+
+    >>> LeNetDigits(width=32)(torch.zeros(1, 1, 8, 8)).shape
+    torch.Size([1, 10])
+    """
 
     def __init__(self, classes: int = 10, width: int = 64) -> None:
         super().__init__()
@@ -40,7 +50,11 @@ class LeNetDigits(nn.Module):
 
 
 class AlexNet(nn.Module):
-    """AlexNet with torchvision's sizes and parameter names."""
+    """AlexNet with torchvision's sizes and parameter names.
+
+    >>> AlexNet(10)(torch.zeros(1, 3, 64, 64)).shape
+    torch.Size([1, 10])
+    """
 
     def __init__(self, classes: int = 1000) -> None:
         super().__init__()
@@ -66,7 +80,11 @@ _VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 
 
 
 class VGG16(nn.Module):
-    """VGG-16 with torchvision's names; `cifar` replaces the three linear layers by one and adds batch norms."""
+    """VGG-16 with torchvision's names; `cifar` replaces the three linear layers by one and adds batch norms.
+
+    >>> VGG16(10, cifar=True)(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 10])
+    """
 
     def __init__(self, classes: int = 1000, batch_norm: bool = False, cifar: bool = False) -> None:
         super().__init__()
@@ -91,6 +109,7 @@ class VGG16(nn.Module):
                 nn.Linear(4096, classes),
             )
         )
+        initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
@@ -109,7 +128,11 @@ class _Fire(nn.Module):
 
 
 class SqueezeNet10(nn.Module):
-    """SqueezeNet 1.0 in its authors' form (no padding in the stem, the classifier's 1 x 1 conv padded)."""
+    """SqueezeNet 1.0 in its authors' form (no padding in the stem, the classifier's 1 x 1 conv padded).
+
+    >>> SqueezeNet10(10)(torch.zeros(1, 3, 64, 64)).shape
+    torch.Size([1, 10])
+    """
 
     def __init__(self, classes: int = 1000) -> None:
         super().__init__()
@@ -120,6 +143,7 @@ class SqueezeNet10(nn.Module):
             self.add_module(f"fire{k + 2}", _Fire(inputs, squeeze, 4 * squeeze))
             inputs = 8 * squeeze
         self.conv_final = nn.Conv2d(512, classes, 1, padding=1)
+        initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.conv1(x))
