@@ -1,0 +1,110 @@
+"""Calling a compiled network: kinds, shapes, batches, threads, tables."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from espalier.errors import EngineError, ShapeError
+from espalier.graph.capture import capture
+from espalier.runtime import engine
+from espalier.runtime.executable import compile
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(400, 5)).eval()
+
+
+@pytest.fixture(scope="module")
+def executable(network):
+    return compile(network, torch.randn(1, 3, 10, 10), threads=2)
+
+
+def test_any_batch_size(network, executable, assert_close) -> None:
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, 3, 10, 10)
+        assert_close(executable(x), network(x))
+    assert executable(torch.empty(0, 3, 10, 10)).shape == (0, 5)
+
+
+def test_the_kind_of_the_input_comes_back(network, executable, assert_close) -> None:
+    x = torch.randn(2, 3, 10, 10)
+    got = executable(x.numpy())
+    assert isinstance(got, np.ndarray) and isinstance(executable(x), torch.Tensor)
+    assert_close(got, network(x))
+    assert_close(executable(x.permute(0, 1, 3, 2)), network(x.permute(0, 1, 3, 2)))  # not contiguous
+    assert_close(executable(input=x), network(x))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.randn(1, 3, 10, 11), r"input input: expected shape \[any, 3, 10, 10\], got \[1, 3, 10, 11\]"),
+        (torch.randn(3, 10, 10), r"got \[3, 10, 10\]"),
+        (torch.randn(1, 3, 10, 10).double(), "expected float32, got float64; convert it first"),
+        ([1.0], "expected a tensor or an array, got list"),
+    ],
+)
+def test_wrong_inputs_are_refused(executable, bad, message) -> None:
+    with pytest.raises(ShapeError, match=message):
+        executable(bad)
+
+
+def test_wrong_numbers_of_inputs_are_refused(executable) -> None:
+    x = torch.randn(1, 3, 10, 10)
+    for args, kwargs in (((), {}), ((x, x), {}), ((x,), {"input": x}), ((), {"y": x})):
+        with pytest.raises(ShapeError, match="takes 1 inputs"):
+            executable(*args, **kwargs)
+
+
+def test_many_callers_at_once(executable) -> None:
+    inputs = [torch.randn(1 + k % 3, 3, 10, 10) for k in range(12)]
+    expected = [executable(x) for x in inputs]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(5):
+            got = list(pool.map(executable, inputs))
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_the_number_of_threads_changes_nothing(network) -> None:
+    x = torch.randn(3, 3, 10, 10)
+    results = [compile(network, x, threads=t)(x) for t in (1, 2, 3, 4)]
+    assert all(torch.equal(results[0], r) for r in results)
+
+
+def test_tables_and_times(executable) -> None:
+    rows = executable.describe()
+    conv = next(row for row in rows if row.op == "conv")
+    assert (conv.weights, conv.nonzeros) == (432, 432)
+    assert conv.format == "dense/8" and "density 1.00" in conv.reason
+    times = executable.profile(torch.randn(4, 3, 10, 10))
+    assert set(times) == {row.step for row in rows} and all(ms >= 0 for ms in times.values())
+
+
+def test_graphs_compile_and_go_back_to_modules(network, assert_close) -> None:
+    x = torch.randn(2, 3, 10, 10)
+    executable = compile(capture(network, x), threads=1)
+    assert_close(executable(x), network(x))
+    assert_close(executable.to_module()(x), network(x))
+    assert executable.graph.inputs == ("input",)
+
+
+def test_a_missing_library_says_how_to_build_it(monkeypatch) -> None:
+    monkeypatch.setenv("ESPALIER_LIBRARY", "/nowhere/lib.so")
+    with pytest.raises(EngineError, match="no such file"):
+        engine.library_path()
+    monkeypatch.delenv("ESPALIER_LIBRARY")
+    monkeypatch.setattr(engine, "_NAME", "missing.so")
+    with pytest.raises(EngineError, match=r"cmake --build build"):
+        engine.library_path()
+
+
+def test_a_program_names_its_ends(executable) -> None:
+    loaded = executable._runners[0].loaded
+    assert loaded.inputs == [("input", (3, 10, 10))]
+    assert [shape for _, shape in loaded.outputs] == [(5,)]
+    assert "density 1.00" in loaded.notes[1]
