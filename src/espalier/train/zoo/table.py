@@ -143,6 +143,5 @@ def _factory(name: str) -> Callable[..., nn.Module]:
 
 
 def _parameters(make: Callable[..., nn.Module]) -> list[str]:
-    return [
-        p.name for p in inspect.signature(make).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
+    gathered = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in inspect.signature(make).parameters.values() if p.kind not in gathered]

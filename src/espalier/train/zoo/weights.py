@@ -23,7 +23,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Packed is ``NAME.q`` (int8, times ``NAME.scale`` for each filter) or ``NAME.codes`` (uint8, into
     ``NAME.codebook``). Raises DataError for a file that is none, is damaged, or lacks a scale or codebook.
 
-    >>> read_weights("mobilenetv2_int8.safetensors")["classifier.1.weight"].dtype
+    >>> read_weights("mobilenetv2_int8.safetensors")["classifier.1.weight"].dtype  # doctest: +SKIP
     torch.float32
     """
     try:
@@ -49,8 +49,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
     Raises DataError naming the tensors that are missing, left over or of another shape; the model is then as it was.
 
-    >>> model = build("resnet20")
-    >>> load_weights(model, "cifar10_resnet20.safetensors")
+    >>> model = cifar_resnet(20)  # doctest: +SKIP
+    >>> load_weights(model, "cifar10_resnet20.safetensors")  # doctest: +SKIP
     """
     given, wanted = read_weights(path), model.state_dict()
     problems = [f"missing: {name}" for name in wanted if name not in given and not name.endswith(COUNTER)]
@@ -70,7 +70,7 @@ def inner_widths(path: str | Path) -> tuple[int, ...]:
 
     Raises DataError for a file without ``layerK.J.conv1.weight``.
 
-    >>> inner_widths("cifar10_resnet20_distiller_thin.safetensors")
+    >>> inner_widths("cifar10_resnet20_distiller_thin.safetensors")  # doctest: +SKIP
     (11, 8, 9, 22, 20, 32, 52, 56, 64)
     """
     found: dict[tuple[int, int], int] = {}
