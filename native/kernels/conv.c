@@ -52,11 +52,11 @@ ESP_INLINE void tile(const int M, const int V, const block *b, int64_t in_at, in
         int64_t row = b->rows[m];
         if (row < 0) continue;
         float *out = b->out + row * s->out.stride[1] + out_at;
-        const float *residual = b->residual + row * s->b.stride[1] + res_at;
+        const float *residual = b->residual ? b->residual + row * s->b.stride[1] + res_at : NULL;
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) {
             vec y = acc[m][v];
-            if (b->residual) y += load(residual + v * ESP_WIDTH);
+            if (residual) y += load(residual + v * ESP_WIDTH);
             y = activate(y, kind, a, c);
             if (v < V - 1 || last == ESP_WIDTH)
                 store(out + v * ESP_WIDTH, y);

@@ -23,6 +23,15 @@ void ESP_NAME(copy)(const esp_step *s, const esp_frame *f, int part, int parts)
     }
 }
 
+/* to[i] = from[i * stride]; a stride of 2 is common enough for vectors */
+ESP_INLINE void pick(float *to, int64_t to_stride, const float *from, int64_t from_stride, int64_t count)
+{
+    if (to_stride == 1 && from_stride == 2)
+        for (int64_t i = 0; i < count; i++) to[i] = from[2 * i];
+    else
+        copy_row(to, to_stride, from, from_stride, count);
+}
+
 /* out[n, c, y, x] = in[c, y * stride + y0(n), x * stride + x0(n)], zero outside the image */
 void ESP_NAME(gather)(const esp_step *s, const esp_frame *f, int part, int parts)
 {
@@ -45,7 +54,7 @@ void ESP_NAME(gather)(const esp_step *s, const esp_frame *f, int part, int parts
         low = low > high ? high : low;
         const float *from = in + r.c * a->stride[1] + (high > low ? y * a->stride[2] + x0 * a->stride[3] : 0);
         for (int64_t x = 0; x < low; x++) to[x * step] = 0;
-        for (int64_t x = low; x < high; x++) to[x * step] = from[x * sx * a->stride[3]];
+        pick(to + low * step, step, from + low * sx * a->stride[3], sx * a->stride[3], high - low);
         for (int64_t x = high; x < width; x++) to[x * step] = 0;
     }
 }

@@ -163,7 +163,9 @@ static const char *check_pool(const esp_program *p, const esp_step *s)
     if (!within(s->param[POOL_KIND], 0, 2)) return "unknown kind of pooling";
     for (int i = POOL_WINDOW_Y; i <= POOL_DILATION_X; i++)
         if (!within(s->param[i], i == POOL_PAD_Y || i == POOL_PAD_X ? 0 : 1, 1 << 20)) return "impossible window";
-    if (s->param[POOL_WINDOW_Y] > 4096 || s->param[POOL_WINDOW_X] > 4096) return "impossible window";
+    for (int i = 0; i < 2; i++)
+        if ((s->param[POOL_WINDOW_Y + i] - 1) * s->param[POOL_DILATION_Y + i] >= ESP_POOL_REACH)
+            return "a window too wide";
     return NULL;
 }
 

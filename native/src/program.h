@@ -43,6 +43,9 @@ enum { ESP_PARAMS = 16, ESP_STEP_WORDS = 72, ESP_OPERAND_WORDS = 11, ESP_MAX_RAN
 /* Floats that kernels may read (never write) past what they need: the tail of the widest tile. */
 enum { ESP_SLACK = 256 };
 
+/* How far a pooling window may reach, in either direction. */
+enum { ESP_POOL_REACH = 2048 };
+
 /* A tensor of up to four dimensions in some space; offsets, sizes and strides in floats. */
 typedef struct {
     int32_t space, index; /* index: which input or output */

@@ -6,7 +6,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
-enum { SPINS_BEFORE_SLEEP = 20000, SPINS_BEFORE_YIELD = 4000 };
+enum { SPINS_BEFORE_SLEEP = 5000, SPINS_BEFORE_YIELD = 1000 };
 
 typedef struct {
     esp_team *team;

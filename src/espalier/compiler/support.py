@@ -13,6 +13,7 @@ from espalier.compiler.emit import Emitter
 from espalier.graph.ir import Graph, Node
 
 MAX_RANK = 4  # of one sample
+MAX_POOL_REACH = 2048  # ESP_POOL_REACH of native/src/program.h
 
 Check = Callable[[Graph, Node], str]  # why not, or ""
 
@@ -89,8 +90,8 @@ def _planar(graph: Graph, node: Node) -> str:
 
 def _pool(graph: Graph, node: Node) -> str:
     attrs = node.attrs
-    sizes = [*attrs["window"], *attrs["stride"], *attrs["padding"], *attrs.get("dilation", [])]
-    if max(sizes) > 4096 or len(attrs["window"]) != _rank(graph, node) - 1:
+    reach = [(w - 1) * d for w, d in zip(attrs["window"], attrs.get("dilation", [1, 1]))]
+    if max(reach) >= MAX_POOL_REACH or len(attrs["window"]) != _rank(graph, node) - 1:
         return "a window of this size"
     return _planar(graph, node)
 
