@@ -55,17 +55,55 @@ def test_unstructured_weights_are_not_padded() -> None:
     assert pack(w).height == 1
 
 
-def test_a_whole_resnet50_packs_in_two_seconds() -> None:
+@pytest.mark.parametrize("height", [4, 8])
+def test_groups_that_fill_no_block_stay_whole(height: int) -> None:
+    w = matrix(30 * height, 200, 0.1, height, 0)
+    cut = w[np.arange(len(w)) % height > 0]  # one row of each group was removed
+    blocks = pack(cut[np.random.default_rng(1).permutation(len(cut))])
+    assert blocks.height == height and blocks.stored == np.count_nonzero(w[::height]) * height
+
+
+def test_nearly_equal_rows_are_brought_together() -> None:
+    w = matrix(256, 400, 0.1, 8, 0)
+    w *= np.random.default_rng(1).random(w.shape) > 0.02
+    blocks = pack(w[np.random.default_rng(2).permutation(256)])
+    assert blocks.height == 8 and blocks.stored < 1.05 * np.count_nonzero(w)
+
+
+def test_rows_of_zeros_fill_the_holes() -> None:
+    w = matrix(64, 200, 0.1, 8, 0)
+    w[5::8] = 0
+    blocks = pack(w)
+    assert (blocks.height, blocks.blocks) == (8, 8) and not np.any(blocks.row_order < 0)
+    check_packed(w, blocks)
+
+
+def test_the_height_is_the_cheapest() -> None:
+    for block, density in [(1, 0.1), (2, 0.1), (4, 0.3), (8, 0.05), (16, 0.2), (1, 1.0)]:
+        w = matrix(67, 300, density, block, 4)
+        assert pack(w).cost == min(pack(w, height).cost for height in HEIGHTS)
+    assert "blocks of 2 would cost 1.35x" in explain(pack(matrix(64, 300, 0.1, 4, 0)))
+
+
+def test_zeros_of_either_sign_are_zeros() -> None:
+    w = np.array([[-0.0, 1], [np.nan, np.inf]], np.float32)
+    assert np.array_equal(unpack(pack(w, 1)), w, equal_nan=True) and pack(w, 1).stored == 3
+    for shape in [(0, 3), (3, 0), (0, 0)]:
+        assert unpack(pack(np.zeros(shape, np.float32))).shape == shape
+
+
+@pytest.mark.parametrize(("block", "density"), [(8, 0.1), (4, 0.1), (1, 0.1), (1, 1.1)])
+def test_a_whole_resnet50_packs_in_two_seconds(block: int, density: float) -> None:
     shapes, inputs = [(64, 147), (1000, 2048)], 64
     for planes, count in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for _ in range(count):
             shapes += [(planes, inputs), (planes, planes * 9), (planes * 4, planes)]
             inputs = planes * 4
-    weights = [matrix(rows, columns, 0.1, 8, 0) for rows, columns in shapes]
-    start = time.perf_counter()
+    weights = [matrix(rows, columns, density, block, 0) for rows, columns in shapes]
+    start = time.thread_time()  # others may use the machine too
     for w in weights:
         pack(w)
-    assert time.perf_counter() - start < 2.0
+    assert time.thread_time() - start < 2.0
 
 
 def test_what_cannot_be_packed_is_said() -> None:
