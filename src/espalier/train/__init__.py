@@ -1,18 +1,21 @@
 """A loop for people who have none: data, zoo, training."""
 
-from espalier.train.data import DATA, Data, Split, load_data
-from espalier.train.files import download
+from espalier.train.data import DATA, load_data
 from espalier.train.loop import History, Recipe, Score, TrainHooks, evaluate, fit, recalibrate, seed_everything
+from espalier.train.sources import SOURCES, Source, download
+from espalier.train.split import Data, Split
 from espalier.train.zoo import ZOO, Network, build, example_shape, inner_widths, load_weights, read_weights
 
 __all__ = [
     "DATA",
+    "SOURCES",
     "ZOO",
     "Data",
     "History",
     "Network",
     "Recipe",
     "Score",
+    "Source",
     "Split",
     "TrainHooks",
     "build",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.errors import MissingExtraError, TrainingError
-from espalier.train.data import Data, Split
+from espalier.train.split import Data, Split
 
 try:  # an optional extra
     from lightning_fabric import Fabric
@@ -75,7 +75,7 @@ class Score:
 
     accuracy: float
     loss: float
-    samples: int
+    n: int
 
 
 @dataclass

@@ -1,0 +1,175 @@
+"""A split of a data set: images in memory, in batches that a seed decides. A data set: three splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from espalier.errors import DataError
+
+Norm = tuple[tuple[float, ...], tuple[float, ...]]  # mean, standard deviation per channel
+_PRIME = 1_000_003
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images uint8 ``[N, C, H, W]`` and labels int64 ``[N]``, with how to bring them before a network.
+
+    norm: mean and standard deviation per channel, of values in 0..1.
+    crop, flip: the augmentation, when asked for: pixels to shift by at most, whether left and right may be swapped.
+
+    >>> split = Split(torch.zeros(5, 1, 4, 4, dtype=torch.uint8), torch.arange(5), ((0.5,), (0.25,)))
+    >>> [(tuple(x.shape), y.tolist()) for x, y in split.batches(3)]
+    [((3, 1, 4, 4), [0, 1, 2]), ((2, 1, 4, 4), [3, 4])]
+    """
+
+    images: Tensor
+    labels: Tensor
+    norm: Norm
+    crop: int = 0
+    flip: bool = False
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def steps(self, batch_size: int) -> int:
+        """Batches in one epoch, the last and smaller one counted.
+
+        >>> load_data("digits").test.steps(100)
+        4
+        """
+        return -(-len(self) // batch_size)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        first: int = 0,
+        shuffle: bool = False,
+        augment: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of (images float32, labels) on `device`; the same `seed` and `epoch` always give the same ones.
+
+        first: the batch to begin with, for an epoch that was broken off: what follows is as if it had not been.
+
+        >>> x, y = next(load_data("digits").train.batches(32, seed=1, epoch=2, shuffle=True, augment=True))
+        >>> x.shape
+        torch.Size([32, 1, 8, 8])
+        """
+        base = (seed * _PRIME + epoch) * _PRIME
+        order = torch.randperm(len(self), generator=_generator(base)) if shuffle else torch.arange(len(self))
+        for k, index in enumerate(order.split(batch_size)[first:], first):
+            whole = not shuffle and len(index) == len(self)
+            images = (self.images if whole else self.images[index]).to(device)
+            if augment:
+                images = self._augmented(images, _generator(base + k + 1))  # a seed for each batch: none depends on
+            yield self.normalised(images), self.labels[index].to(device)  # those before it
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """uint8 images as float32, normalised by channel: (x / 255 - mean) / std.
+
+        >>> load_data("synthetic:1x1x2:2").train.normalised(torch.tensor([[[[0, 255]]]])).round(decimals=3)
+        tensor([[[[-1.6670,  1.6670]]]])
+        """
+        mean, std = (torch.tensor(values, device=images.device).reshape(1, -1, 1, 1) for values in self.norm)
+        return images.float().div_(255).sub_(mean).div_(std)
+
+    def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        count, channels, height, width = images.shape
+        if self.crop:
+            padded = F.pad(images, (self.crop,) * 4)
+            shift = torch.randint(0, 2 * self.crop + 1, (2, count, 1), generator=generator)
+            rows, columns = shift[0] + torch.arange(height), shift[1] + torch.arange(width)
+            if self.flip:
+                turned = torch.rand(count, 1, generator=generator) < 0.5
+                columns = torch.where(turned, columns.flip(1), columns)
+            at = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).reshape(count, 1, -1).to(images.device)
+            taken = padded.flatten(2).gather(2, at.expand(-1, channels, -1))
+            return taken.reshape(images.shape)
+        if self.flip:
+            turned = (torch.rand(count, 1, 1, 1, generator=generator) < 0.5).to(images.device)
+            return torch.where(turned, images.flip(3), images)
+        return images
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set: what is trained on, what choices are made on (holdout), and what is reported (test).
+
+    >>> data = load_data("digits")
+    >>> len(data.train), len(data.holdout), len(data.test), data.classes, data.shape
+    (1294, 144, 359, 10, (1, 8, 8))
+    """
+
+    name: str
+    train: Split
+    holdout: Split
+    test: Split
+    classes: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height, width of an image."""
+        return tuple(self.train.images.shape[1:])
+
+    @property
+    def norm(self) -> Norm:
+        """Mean and standard deviation of each channel, of values in 0..1, by which the images are normalised."""
+        return self.train.norm
+
+    def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> Data:
+        """The same images under another normalisation, such as the one that given weights were trained with.
+
+        Raises DataError unless there are a mean and a positive deviation for every channel.
+
+        >>> load_data("digits").normalised_by([0.5], [0.5]).norm
+        ((0.5,), (0.5,))
+        """
+        norm: Norm = (tuple(float(m) for m in mean), tuple(float(s) for s in std))
+        if not len(mean) == len(std) == self.shape[0] or min(norm[1]) <= 0:
+            raise DataError(f"{self.name}: mean {norm[0]} and std {norm[1]} for {self.shape[0]} channels")
+        train, held, test = (replace(split, norm=norm) for split in (self.train, self.holdout, self.test))
+        return Data(self.name, train, held, test, self.classes)
+
+
+def divide(name: str, train: Split, test: Split, classes: int, holdout: float, seed: int) -> Data:
+    """Take the share `holdout` of every class out of the training set, so that nothing is tuned on the test set.
+
+    At least one image of a class is held out, and at least one stays. Raises DataError for a share outside 0..1,
+    labels outside 0..classes, or splits that are empty or differ in shape.
+
+    >>> data = load_data("digits", holdout=0.5)
+    >>> len(data.train), len(data.holdout)
+    (717, 721)
+    """
+    if not 0 < holdout < 1:
+        raise DataError(f"{name}: holdout is {holdout}, expected a share between 0 and 1")
+    for what, split in (("training", train), ("test", test)):
+        if len(split) == 0 or len(split) != len(split.images):
+            raise DataError(f"{name}: {len(split.images)} {what} images and {len(split)} labels")
+        if int(split.labels.min()) < 0 or int(split.labels.max()) >= classes:
+            low, high = int(split.labels.min()), int(split.labels.max())
+            raise DataError(f"{name}: {what} labels are {low}..{high}, expected 0..{classes - 1}")
+    if train.images.shape[1:] != test.images.shape[1:]:
+        shapes = [list(split.images.shape[1:]) for split in (train, test)]
+        raise DataError(f"{name}: training images are {shapes[0]}, test images {shapes[1]}")
+    generator, held = _generator(seed), torch.zeros(len(train), dtype=torch.bool)
+    for label in range(classes):
+        index = (train.labels == label).nonzero()[:, 0]
+        count = min(max(1, round(holdout * len(index))), len(index) - 1)
+        held[index[torch.randperm(len(index), generator=generator)[: max(0, count)]]] = True
+    if not held.any():
+        raise DataError(f"{name}: no class has two training images, so none can be held out")
+    rest, part = (replace(train, images=train.images[m], labels=train.labels[m]) for m in (~held, held))
+    return Data(name, rest, replace(part, crop=0, flip=False), test, classes)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed % 2**63)
