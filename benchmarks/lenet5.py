@@ -38,7 +38,7 @@ PHASES = {  # epochs, learning rate
     "shape": (30, 0.02),
     "recover": (12, 0.02),
 }
-ROUNDS = 4  # of purification and retraining
+ROUNDS = 2  # of purification and retraining
 PHASES |= {f"retrain{k}": (15, 0.02) for k in range(1, ROUNDS + 1)}
 
 

@@ -1,0 +1,213 @@
+"""The run protocol, for every method with every scheme: it lands in the plan; a resumed run equals an unbroken one."""
+
+import copy
+import io
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from espalier.errors import MethodError, UnknownNameError
+from espalier.graph import capture
+from espalier.methods import METHODS, Method, Run, get, start
+from espalier.methods.base import Progress, State, Target
+from espalier.sparsity import CATALOG, Frozen, Plan, ceiling, scheme
+
+STEPS = 24
+SCHEMES = [*CATALOG, "filter+column", "pattern+kernel", "weight+unify"]
+SETTINGS = {"magnitude": {"ramp": "cubic"}}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm = nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 12, 3, padding=1)
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.conv2(F.relu(self.norm(self.conv1(x))))).mean((2, 3)))
+
+
+EXAMPLE = torch.zeros(1, 2, 6, 6)
+
+
+def plan_for(name: str) -> dict:
+    chosen = scheme(name, None if CATALOG.get(name) and CATALOG[name].own else 0.25 if "pattern" not in name else 0.2)
+    sites = capture(Net(), EXAMPLE).sites()
+    return Plan.of({"conv2": chosen}, unfit="dense").resolve(sites)
+
+
+def begin(name: str, method: str | Method, seed: int = 0) -> tuple[nn.Module, Run, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = Net()
+    made = get(method, **SETTINGS.get(method, {})) if isinstance(method, str) else method
+    run = start(model, plan_for(name), made, EXAMPLE, steps=STEPS)
+    return model, run, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def train(model: nn.Module, run: Run, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        x, y = torch.randn(16, 2, 6, 6, generator=generator), torch.randint(0, 4, (16,), generator=generator)
+        optimizer.zero_grad()
+        (F.cross_entropy(model(x), y) + run.penalty()).backward()
+        optimizer.step()
+        run.step()
+
+
+def check_lands(method: str | Method, name: str) -> None:
+    model, run, optimizer = begin(name, method)
+    train(model, run, optimizer, 0, STEPS)
+    run.finish()
+    (target,) = run.targets
+    weight = target.weight.detach().clone()
+    torch.testing.assert_close(run.targets[0].scheme.project(weight), weight)
+    mask = run.masks["conv2.weight"]
+    assert not weight[~mask].any()
+    top = ceiling(target.scheme)
+    if target.scheme.density < top or top < 1:
+        group = max(float(r.structure.group_sizes(weight.shape).max()) for r in target.scheme.rules) / weight.numel()
+        assert float(mask.float().mean()) <= target.scheme.density + group + 0.02
+    train(model, run, optimizer, STEPS, STEPS + 6)
+    assert not target.weight.detach()[~mask].any(), "retraining left the support"
+    assert not torch.equal(target.weight.detach(), weight), "retraining changed nothing"
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("method", METHODS)
+def test_finish_lands_in_the_plan_and_retraining_stays_there(method: str, name: str) -> None:
+    check_lands(method, name)
+
+
+@dataclass(frozen=True)
+class Careless(Method):
+    """The broken method: it hands over a support that is not the scheme's."""
+
+    def begin(self, targets: list[Target], progress: Progress) -> State:
+        return {}
+
+    def step(self, targets: list[Target], state: State, progress: Progress) -> None: ...
+
+    def land(self, target: Target, state: State) -> Frozen:
+        return Frozen(torch.rand(target.weight.shape) < 0.9)
+
+
+def test_a_method_that_does_not_land_is_found() -> None:
+    with pytest.raises(AssertionError):
+        check_lands(Careless(), "filter")
+
+
+@pytest.mark.parametrize("name", ["filter+column", "block_punched", "weight+unify"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stop", [7, STEPS, STEPS + 3])
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(method: str, name: str, stop: int) -> None:
+    def go(model: nn.Module, run: Run, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+        train(model, run, optimizer, first, min(last, STEPS))
+        if last >= STEPS:
+            run.finish()
+            train(model, run, optimizer, max(first, STEPS), last)
+
+    end = STEPS + 6
+    model, run, optimizer = begin(name, method)
+    go(model, run, optimizer, 0, end)
+    first, first_run, first_optimizer = begin(name, method)
+    go(first, first_run, first_optimizer, 0, stop)
+    saved = io.BytesIO()
+    torch.save([first.state_dict(), first_run.state_dict(), first_optimizer.state_dict()], saved)
+    saved.seek(0)
+    states = torch.load(saved, weights_only=True)
+    second, second_run, second_optimizer = begin(name, method, seed=5)
+    for part, state in zip((second, second_run, second_optimizer), states):
+        part.load_state_dict(state)
+    go(second, second_run, second_optimizer, stop, end)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), second.state_dict().values()))
+
+
+def test_a_state_of_another_plan_or_method_is_refused() -> None:
+    _, run, _ = begin("filter", "admm")
+    for name, method in (("column", "admm"), ("filter", "magnitude")):
+        _, other, _ = begin(name, method)
+        with pytest.raises(MethodError, match="belongs to another"):
+            other.load_state_dict(run.state_dict())
+
+
+def test_what_is_missing_is_said() -> None:
+    with pytest.raises(MethodError, match="steps="):
+        start(Net(), plan_for("filter"), "admm", EXAMPLE)
+    with pytest.raises(UnknownNameError, match="did you mean 'admm'"):
+        get("adm")
+    with pytest.raises(MethodError, match="rho"):
+        get("admm", rho=3)
+    with pytest.raises(MethodError, match="finish"):
+        begin("filter", "admm")[1].tighten({})
+
+
+def test_the_affine_part_dies_with_its_filter() -> None:
+    torch.manual_seed(0)
+    model = Net()
+    run = start(model, Plan.of({"conv1": scheme("filter", 0.5)}), "magnitude", EXAMPLE)
+    nn.init.normal_(model.norm.bias)
+    run.finish()
+    dead = ~run.masks["conv1.weight"].flatten(1).any(1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    train(model, run, optimizer, 0, 5)
+    assert int(dead.sum()) == 4
+    assert not model.conv1.bias[dead].any() and not model.norm.bias[dead].any() and model.norm.bias[~dead].all()
+
+
+def test_admm_by_hand() -> None:
+    """Z = proj(W + U) and U += W - Z, and the gradient of the penalty is rho (W - Z + U)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4, bias=False))
+    chosen = scheme("weight", 0.5)
+    run = start(
+        model, {"0.weight": chosen}, get("admm", rho_start=0.5, rho_end=0.5, updates=4), torch.zeros(1, 6), steps=4
+    )
+    w = model[0].weight
+    z, u = chosen.project(w.detach()), torch.zeros_like(w)
+    for _ in range(3):
+        w.grad = None
+        run.penalty().backward()
+        torch.testing.assert_close(w.grad, 0.5 * (w.detach() - z + u))
+        with torch.no_grad():
+            w.add_(torch.randn_like(w) * 0.1)
+        run.step()
+        z, u = chosen.project(w.detach() + u), u + w.detach() - chosen.project(w.detach() + u)
+
+
+def test_admm_beats_one_shot_magnitude_where_features_go_together() -> None:
+    """Least squares with correlated features: the largest weights are not the best ones to keep."""
+
+    def loss_after(method: str) -> float:
+        torch.manual_seed(1)
+        base = torch.randn(256, 4)
+        x = torch.cat([base, base + 0.3 * torch.randn(256, 4), torch.randn(256, 8)], 1)
+        y = x @ torch.randn(16, 1)
+        model = nn.Sequential(nn.Linear(16, 1, bias=False))
+        run = start(model, {"0.weight": scheme("weight", 0.25)}, method, x[:1], steps=2000)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for step in range(3000):
+            if step == 2000:
+                run.finish()
+            optimizer.zero_grad()
+            (F.mse_loss(model(x), y) + run.penalty()).backward()
+            optimizer.step()
+            run.step()
+        return float(F.mse_loss(model(x), y))
+
+    assert loss_after("admm") <= loss_after("magnitude") * 1.0001
+
+
+def test_runs_follow_the_module_and_its_optimizer() -> None:
+    """Frozen supports hold under Adam's momentum, after deepcopies of state and with torch.compile around the model."""
+    model, run, _ = begin("block_punched", "magnitude")
+    run.finish()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    before = copy.deepcopy(run.state_dict())
+    train(model, run, optimizer, 0, 4)
+    assert not model.conv2.weight[~run.masks["conv2.weight"]].any()
+    run.load_state_dict(before)
+    assert run.density() < 1
