@@ -1,4 +1,4 @@
-"""Formats: unpack(pack(w)) == w, at the edges of every block height; memory: nothing overlaps."""
+"""Formats: unpack(pack(w)) == w, at the edges of every block height."""
 
 import time
 
@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from espalier.compiler.formats import HEIGHTS, RowBlocks, explain, pack, unpack
-from espalier.compiler.memory import Interval, allocate, lower_bound
 
 
 def matrix(rows: int, columns: int, density: float, block: int, seed: int) -> np.ndarray:
@@ -119,31 +118,3 @@ def test_a_packing_that_loses_a_weight_is_found() -> None:
     blocks.values[0, 0] += 1
     with pytest.raises(AssertionError):
         check_packed(w, blocks)
-
-
-def check_arena(intervals: list[Interval], offsets: dict[str, int], size: int) -> None:
-    for k, a in enumerate(intervals):
-        assert offsets[a.name] % 64 == 0 and offsets[a.name] + a.size_bytes <= size
-        for b in intervals[:k]:
-            apart = (
-                offsets[a.name] + a.size_bytes <= offsets[b.name] or offsets[b.name] + b.size_bytes <= offsets[a.name]
-            )
-            assert apart or not a.meets(b) or not a.size_bytes or not b.size_bytes, f"{a} and {b} overlap"
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 20), st.integers(0, 6)), max_size=25))
-def test_no_two_living_buffers_overlap(rows: list[tuple[int, int, int]]) -> None:
-    intervals = [Interval(str(k), size, first, first + length) for k, (size, first, length) in enumerate(rows)]
-    arena = allocate(intervals)
-    check_arena(intervals, dict(arena.offsets), arena.size_bytes)
-    assert arena.size_bytes >= lower_bound(intervals)
-
-
-def test_a_chain_needs_two_buffers_and_overlaps_are_found() -> None:
-    chain = [Interval(str(k), 1024, k, k + 1) for k in range(10)]
-    assert allocate(chain).size_bytes == 2048
-    with pytest.raises(AssertionError, match="overlap"):
-        check_arena(chain, dict.fromkeys(map(str, range(10)), 0), 2048)
-    with pytest.raises(ValueError, match="unique"):
-        allocate([chain[0], chain[0]])

@@ -3,11 +3,12 @@
 After fusing, `conv`, `linear`, `affine` and `add` nodes carry ``attrs["activation"]`` (None, or a dict with the
 activation's name and attributes), and a conv or linear node may have a fourth input, the residual:
 ``activation(acc + bias + residual)``. A norm that cannot be folded is an `affine` (x, scale, shift) along dimension 1.
-The tensors of the given graph are never changed.
+What depends on no input is computed here. The tensors of the given graph are never changed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espalier.graph import Graph, Node, Value
+from espalier.graph import OPAQUE, Graph, Node, Value
+from espalier.graph.interpret import apply
+from espalier.graph.opaque import resolve
 
 ACTIVATIONS = ("relu", "clamp", "leaky_relu", "elu", "sigmoid", "tanh", "silu", "hardswish", "hardsigmoid", "gelu")
 HOSTS = ("conv", "linear", "affine", "add")
+_GROWTH = 4  # a constant may be that many times as large as what it is made from
 
 
 def fuse(graph: Graph) -> Graph:
@@ -30,6 +34,41 @@ def fuse(graph: Graph) -> Graph:
     for rewrite in PASSES:
         graph = rewrite(graph)
     return _used(graph)
+
+
+def fold_constants(graph: Graph) -> Graph:
+    """The same graph with every value that depends on no input made a tensor of it, such as a weight that is a product.
+
+    Random ops stay, and so do outputs and what is much larger than its parts.
+
+    >>> fold_constants(capture(weight_norm(nn.Linear(4, 2)), x)).sites()
+    """
+    tensors: dict[str, Tensor] = dict(graph.tensors)
+    nodes = []
+    for node in graph.nodes:
+        made = _constant(graph, node, tensors)
+        if made is None:
+            nodes.append(node)
+        else:
+            tensors.update(made)
+    return replace(graph, nodes=tuple(nodes), tensors=tensors) if len(nodes) < len(graph.nodes) else graph
+
+
+def _constant(graph: Graph, node: Node, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """What the node makes, by name, where that is a constant worth keeping."""
+    names = [name for name in node.inputs if name is not None]
+    outputs = [graph.values[name] for name in node.outputs]
+    if not names or any(name not in tensors for name in names):
+        return None
+    if node.op == OPAQUE and torch.Tag.nondeterministic_seeded in resolve(node.target).tags:
+        return None
+    if any(v.batched or v.name in graph.outputs for v in outputs):
+        return None
+    if sum(math.prod(v.shape) for v in outputs) > _GROWTH * sum(tensors[name].numel() for name in names):
+        return None
+    with torch.no_grad():
+        result = apply(node, [None if name is None else tensors[name] for name in node.inputs])
+    return {v.name: x.clone() for v, x in zip(outputs, (result,) if isinstance(result, Tensor) else result)}
 
 
 def _without_identities(graph: Graph) -> Graph:
@@ -62,20 +101,30 @@ def _folded_norms(graph: Graph) -> Graph:
             continue
         x = node.inputs[0]
         assert x is not None
+        if any(name not in graph.tensors for name in node.inputs[1:] if name is not None):
+            nodes.append(node)  # a norm whose statistics are computed
+            continue
         scale, shift = _scale_and_shift(graph, node)
         source = producer.get(x)
-        host = source is not None and source.op in ("conv", "linear") and source.inputs[1] in graph.tensors
         alone = len(readers[x]) == 1 and x not in graph.outputs
-        if host and alone and source is not None and (source.op == "conv" or len(values[x].shape) == 2):
+        if source is not None and alone and _takes_norm(graph, source):
             folded[source.name] = _folded(source, node, scale, shift, tensors, values)
         else:
+            dtype = values[x].dtype
             names = (
-                _add(f"{node.name}.scale", scale, tensors, values),
-                _add(f"{node.name}.shift", shift, tensors, values),
+                _add(f"{node.name}.scale", scale.to(dtype), tensors, values),
+                _add(f"{node.name}.shift", shift.to(dtype), tensors, values),
             )
             nodes.append(replace(node, op="affine", inputs=(x, *names), attrs={"activation": None}))
     made = tuple(folded.get(node.name, node) for node in nodes)
     return replace(graph, nodes=made, tensors=tensors, values=values)
+
+
+def _takes_norm(graph: Graph, host: Node) -> bool:
+    """Whether a norm along dimension 1 of the node's result is one along the rows of its weight, which are known."""
+    known = all(name in graph.tensors for name in host.inputs[1:3] if name is not None)
+    rows = host.op == "conv" or (host.op == "linear" and len(graph.values[host.outputs[0]].shape) == 2)
+    return known and rows and len(host.inputs) < 4 and host.attrs["activation"] is None
 
 
 def _scale_and_shift(graph: Graph, node: Node) -> tuple[Tensor, Tensor]:
@@ -103,7 +152,6 @@ def _add(name: str, tensor: Tensor, tensors: dict[str, Tensor], values: dict[str
     """Put a new tensor into the graph, under `name` or one like it that is free."""
     while name in values:
         name += "'"
-    tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
     tensors[name], values[name] = tensor, Value(name, tuple(tensor.shape), tensor.dtype)
     return name
 
@@ -176,7 +224,7 @@ def _host_of(
             and len(readers[own]) == 1
             and own not in graph.outputs
             and other not in graph.tensors
-            and graph.values[own].shape == graph.values[other].shape
+            and replace(graph.values[own], name=other) == graph.values[other]
         ):
             found.append((place[own], other))
     return max(found, default=None)
@@ -203,6 +251,7 @@ def _used(graph: Graph) -> Graph:
 
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
+    fold_constants,
     _without_identities,
     _with_activation_slots,
     _folded_norms,

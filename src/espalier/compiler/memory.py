@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -29,14 +29,43 @@ class Arena:
 
 
 def allocate(intervals: Sequence[Interval], align: int = 64) -> Arena:
-    """Places for buffers such that no two that live at the same time overlap; large ones first, each in the best gap.
+    """Places for buffers such that no two that live at the same time overlap, in the smallest of some greedy arenas.
 
-    Raises ValueError for a name that stands twice or a size below zero.
+    Each is placed into the tightest gap among those already there that live at the same time, in each order of ORDERS;
+    the smallest arena wins. The problem is NP-hard (dynamic storage allocation); `lower_bound` says how far off it is.
+    Raises ValueError for a name that stands twice, a size below zero, or a life that ends before it begins.
+
+    >>> allocate([Interval("a", 64, 0, 1), Interval("b", 64, 1, 2), Interval("c", 64, 2, 3)]).size_bytes
+    128
     """
-    if len({i.name for i in intervals}) != len(intervals) or any(i.size_bytes < 0 for i in intervals):
-        raise ValueError("intervals need unique names and sizes from 0")
+    if len({i.name for i in intervals}) != len(intervals):
+        raise ValueError("intervals need unique names")
+    for i in intervals:
+        if i.size_bytes < 0 or i.last_step < i.first_step:
+            raise ValueError(
+                f"buffer {i.name!r} cannot be: {i.size_bytes} bytes, steps {i.first_step} to {i.last_step}"
+            )
+    arenas, least = [], lower_bound(intervals)
+    for order in ORDERS:
+        arenas.append(_placed(sorted(intervals, key=order), align))
+        if arenas[-1].size_bytes <= least:
+            break
+    return min(arenas, key=lambda arena: arena.size_bytes)
+
+
+# Which buffer is placed first. Mostly the first order is best already.
+ORDERS: tuple[Callable[[Interval], tuple[int, ...]], ...] = (
+    lambda i: (-i.size_bytes, i.first_step),
+    lambda i: (-i.size_bytes * (i.last_step - i.first_step + 1), i.first_step),
+    lambda i: (i.first_step - i.last_step, -i.size_bytes),
+    lambda i: (i.first_step, -i.size_bytes),
+)
+
+
+def _placed(intervals: Sequence[Interval], align: int) -> Arena:
+    """One after another, each in the tightest gap."""
     placed: list[tuple[int, int, Interval]] = []
-    for interval in sorted(intervals, key=lambda i: (-i.size_bytes, i.first_step)):
+    for interval in intervals:
         size = -(-interval.size_bytes // align) * align
         busy = sorted((start, end) for start, end, other in placed if other.meets(interval))
         best, gap, cursor = None, None, 0
@@ -51,6 +80,6 @@ def allocate(intervals: Sequence[Interval], align: int = 64) -> Arena:
 
 
 def lower_bound(intervals: Sequence[Interval]) -> int:
-    """The most bytes that live at one step: no arena can be smaller."""
-    steps = range(max((i.last_step for i in intervals), default=-1) + 1)
+    """The most bytes that live at one step: no arena can be smaller. (They only grow where a buffer begins.)"""
+    steps = {i.first_step for i in intervals}
     return max((sum(i.size_bytes for i in intervals if i.first_step <= s <= i.last_step) for s in steps), default=0)
