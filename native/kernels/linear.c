@@ -29,22 +29,29 @@ typedef float vec8_anywhere __attribute__((vector_size(32), aligned(4), may_alia
             *(VEC##_anywhere *)(sum + k * (LANES)) = (acc[0][k] + acc[1][k]) + (acc[2][k] + acc[3][k]); \
     }
 
-/* too few rows for a vector: scalars */
-#define SUMS_NARROW(H) \
-    ESP_INLINE void sums_##H(const float *w, const int32_t *index, int64_t columns, const float *x, float *sum) \
-    { \
-        float acc[4][H] = {{0}}; \
-        int64_t j = 0; \
-        for (; j + 4 <= columns; j += 4) \
-            for (int u = 0; u < 4; u++) \
-                for (int k = 0; k < (H); k++) acc[u][k] += w[(j + u) * (H) + k] * x[index[j + u]]; \
-        for (; j < columns; j++) \
-            for (int k = 0; k < (H); k++) acc[0][k] += w[j * (H) + k] * x[index[j]]; \
-        for (int k = 0; k < (H); k++) sum[k] = (acc[0][k] + acc[1][k]) + (acc[2][k] + acc[3][k]); \
+/* one row: along its columns instead */
+ESP_INLINE void sums_1(const float *w, const int32_t *index, int64_t columns, const float *x, float *sum)
+{
+    vec acc[2] = {{0}, {0}};
+    float rest = 0;
+    int64_t j = 0;
+    for (; j + 2 * ESP_WIDTH <= columns; j += 2 * ESP_WIDTH) {
+        acc[0] += load(w + j) * gather(x, index + j);
+        acc[1] += load(w + j + ESP_WIDTH) * gather(x, index + j + ESP_WIDTH);
     }
+    for (; j < columns; j++) rest += w[j] * x[index[j]];
+    *sum = sum_lanes(acc[0] + acc[1]) + rest;
+}
 
-SUMS_NARROW(1)
-SUMS_NARROW(2)
+/* two rows: too few for a vector */
+ESP_INLINE void sums_2(const float *w, const int32_t *index, int64_t columns, const float *x, float *sum)
+{
+    float acc[4][2] = {{0}};
+    for (int64_t j = 0; j < columns; j++)
+        for (int k = 0; k < 2; k++) acc[j % 4][k] += w[j * 2 + k] * x[index[j]];
+    for (int k = 0; k < 2; k++) sum[k] = (acc[0][k] + acc[1][k]) + (acc[2][k] + acc[3][k]);
+}
+
 SUMS(4, vec4, 4)
 #if ESP_WIDTH == 16
 SUMS(8, vec8, 8)

@@ -46,6 +46,25 @@ ESP_INLINE void store_part(float *p, vec v, int n)
 #endif
 }
 
+/* p[index[0]], p[index[1]], ... */
+ESP_INLINE vec gather(const float *p, const int32_t *index)
+{
+#if ESP_WIDTH == 16
+    return (vec)_mm512_i32gather_ps(_mm512_loadu_si512(index), p, 4);
+#elif ESP_WIDTH == 8
+    return (vec)_mm256_i32gather_ps(p, _mm256_loadu_si256((const __m256i_u *)index), 4);
+#else
+    return (vec){p[index[0]], p[index[1]], p[index[2]], p[index[3]]};
+#endif
+}
+
+ESP_INLINE float sum_lanes(vec v)
+{
+    float sum = 0;
+    for (int i = 0; i < ESP_WIDTH; i++) sum += v[i];
+    return sum;
+}
+
 /* max and min that hand on a NaN in x */
 ESP_INLINE vec vmax(vec bound, vec x)
 {

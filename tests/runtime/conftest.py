@@ -39,7 +39,11 @@ def check_network() -> Callable[..., Executable]:
     """Compile a module, compare with float64 at batch 1 and 3, require that all of it runs natively."""
 
     def check(
-        module: nn.Module, *shapes: Sequence[int], native: bool = True, threads: int = 2, batches: Sequence[int] = (1, 3)
+        module: nn.Module,
+        *shapes: Sequence[int],
+        native: bool = True,
+        threads: int = 2,
+        batches: Sequence[int] = (1, 3),
     ) -> Executable:
         module.eval()
         executable = compile(module, tuple(torch.randn(2, *s) for s in shapes), threads=threads)

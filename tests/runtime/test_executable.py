@@ -1,5 +1,7 @@
 """Calling a compiled network: kinds, shapes, batches, threads, tables."""
 
+import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,7 +18,9 @@ from espalier.runtime.executable import compile
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(400, 5)).eval()
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(400, 5)
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +78,22 @@ def test_the_number_of_threads_changes_nothing(network) -> None:
     x = torch.randn(3, 3, 10, 10)
     results = [compile(network, x, threads=t)(x) for t in (1, 2, 3, 4)]
     assert all(torch.equal(results[0], r) for r in results)
+
+
+def test_a_forked_process_starts_threads_of_its_own(executable) -> None:
+    x = np.random.default_rng(0).standard_normal((1, 3, 10, 10)).astype(np.float32)
+    expected = executable(x)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if (executable(x) == expected).all() else 1)
+    for _ in range(100):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert status == 0
+            return
+        time.sleep(0.1)
+    os.kill(child, 9)
+    pytest.fail("the child hangs")
 
 
 def test_tables_and_times(executable) -> None:

@@ -145,5 +145,5 @@ def test_results_do_not_depend_on_the_number_of_threads(threads) -> None:
 
 def test_unknown_instruction_sets_are_refused(monkeypatch) -> None:
     monkeypatch.setenv("ESPALIER_ISA", "mmx")
-    with pytest.raises(EngineError, match="ESPALIER_ISA=mmx: unknown instruction set; this machine has .*baseline"):
+    with pytest.raises(EngineError, match=r"ESPALIER_ISA=mmx: unknown instruction set; this machine has .*baseline"):
         run(linear_program(matrix("dense"), 4, np.zeros(ROWS, np.float32)), np.zeros(COLUMNS, np.float32))

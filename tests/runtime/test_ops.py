@@ -123,7 +123,9 @@ OPS = {
     "softmax": lambda m, x: (x.softmax(1), x.softmax(-1), F.log_softmax(x, 2), x.flatten(1).softmax(1)),
     "concat": lambda m, x: torch.cat([x.relu(), x, (x * 2).sigmoid()], 1),
     "concat, rows": lambda m, x: torch.cat([x.relu(), x], 2),
-    "slices": lambda m, x: torch.cat([x[:, 3:], x[:, :3] * 2, x[:, ::2, 1:, :-2][:, :, :1].repeat(1, 1, 1, 1)[:, :, 0:1, :].mean((2, 3), keepdim=True).expand(-1, -1, x.shape[2], x.shape[3])], 1),
+    "slices": lambda m, x: torch.cat([x[:, 3:], x[:, :3] * 2, x[:, ::2]], 1),
+    "strides": lambda m, x: x[:, ::2, 1:, :-2].relu() + x[:, 1::2, :-1, 2:],
+    "expand": lambda m, x: x.mean((2, 3), keepdim=True).expand(-1, -1, 4, 5).relu(),
     "split": lambda m, x: [part.relu() for part in x.split([1, 2, 3], 1)],
     "pad": lambda m, x: F.pad(x.relu(), (1, 2, 0, 3), value=0.5),
     "permute": lambda m, x: x.permute(0, 2, 3, 1).relu().reshape(x.shape[0], -1),
@@ -134,7 +136,7 @@ OPS = {
 
 @pytest.mark.parametrize("name", OPS)
 def test_ops(name, isa, check_network) -> None:
-    check_network(Function(OPS[name]), (6, 10, 11), native=name not in ("slices",))
+    check_network(Function(OPS[name]), (6, 10, 11))
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -144,11 +146,11 @@ def test_ops_between_convolutions(name, check_network) -> None:
     with torch.no_grad():
         probe = Function(OPS[name])(torch.randn(1, 6, 10, 11))
     if not isinstance(probe, torch.Tensor) or probe.ndim != 4:
-        check_network(nn.Sequential(front, nn.ReLU(), Function(OPS[name])), (3, 10, 11), native=name != "slices")
+        check_network(nn.Sequential(front, nn.ReLU(), Function(OPS[name])), (3, 10, 11))
         return
     behind = nn.Conv2d(probe.shape[1], 5, 3, padding=1)
     net = nn.Sequential(front, nn.Conv2d(6, 6, 3, padding=2, dilation=2), Function(OPS[name]), behind)
-    check_network(net, (3, 10, 11), native=name != "slices")
+    check_network(net, (3, 10, 11))
 
 
 def test_linear_layers(isa, check_network) -> None:
@@ -163,4 +165,6 @@ def test_linear_layers(isa, check_network) -> None:
 
 def test_one_dimensional_convolutions(isa, check_network) -> None:
     layers = [nn.Conv1d(4, 8, 5, 2, 2), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(8, 8, 3, padding=2, dilation=2, groups=2)]
-    check_network(nn.Sequential(*layers, nn.BatchNorm1d(8), nn.AdaptiveAvgPool1d(3), nn.Flatten(), nn.Linear(24, 3)), (4, 50))
+    check_network(
+        nn.Sequential(*layers, nn.BatchNorm1d(8), nn.AdaptiveAvgPool1d(3), nn.Flatten(), nn.Linear(24, 3)), (4, 50)
+    )

@@ -12,8 +12,8 @@ from espalier.compiler.formats import RowBlocks, pack
 
 # What one column of a block costs, in the time of one vector load: the height's arithmetic against its loads.
 # Measured with benchmarks of the kernels on AVX-512; other instruction sets order the heights in the same way.
-CONV_COST: Mapping[int, float] = {1: 1.0, 2: 1.2, 4: 2.1, 8: 4.0}
-LINEAR_COST: Mapping[int, float] = {1: 1.0, 4: 1.3, 8: 1.6, 16: 2.4}
+CONV_COST: Mapping[int, float] = {1: 1.0, 2: 1.3, 4: 2.1, 8: 3.6}
+LINEAR_COST: Mapping[int, float] = {1: 1.0, 4: 1.6, 8: 2.1, 16: 2.9}
 # A block's own work (bias, activation, stores) in columns' worth, per row.
 _ROW_COST = {"conv": 2.0, "linear": 1.0}
 _DENSE_FROM = 0.75  # above this density no format gains by skipping
@@ -46,7 +46,8 @@ def choose(matrix: np.ndarray, op: str) -> Choice:
     dense_cost = _dense_cost(matrix.shape, dense_height, costs[dense_height], _ROW_COST[op])
     best = min(estimates, key=lambda h: (estimates[h], -h))
     if dense_cost < estimates[best]:
-        reason = f"density {density:.2f} but rows share too few columns (blocks/{best} at {estimates[best] / dense_cost:.1f}x)"
+        worse = estimates[best] / dense_cost
+        reason = f"density {density:.2f}, but rows share too few columns: blocks/{best} would take {worse:.1f}x as long"
         return Choice(_dense(matrix, dense_height), f"dense/{dense_height}", reason)
     blocks = tried[best]
     filled = np.count_nonzero(blocks.values) / max(1, blocks.values.size)

@@ -97,7 +97,14 @@ class Emitter:
         assert model.storage is not None
         size = place.shape[0] * model.storage.plane
         storage = self.use(
-            replace(model.storage, name=f"{value}/{len(self.storages)}", channels=place.shape[0], front=0, vertical=0, side=0)
+            replace(
+                model.storage,
+                name=f"{value}/{len(self.storages)}",
+                channels=place.shape[0],
+                front=0,
+                vertical=0,
+                side=0,
+            )
         )
         assert storage.size_bytes == 4 * size
         copied = Place(place.shape, model.strides, 0, storage)
@@ -140,7 +147,7 @@ def merged(sizes: Four, strides: tuple[Four, ...], keep: int = 0) -> tuple[Four,
             size[d] = 1
         else:
             break
-    return tuple(size), tuple(tuple(s) for s in rows)  # type: ignore[return-value]
+    return tuple(size), tuple(tuple(s) for s in rows)  # type: ignore[return-value,misc]
 
 
 def activation_of(spec: Mapping[str, Any] | None) -> Activation:

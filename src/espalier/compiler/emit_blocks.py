@@ -122,7 +122,7 @@ def _gather(e: Emitter, node: Node, origins: np.ndarray, stride: tuple[int, int]
 def _window(node: Node) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     stride, dilation = ([1, *node.attrs[k]][-2:] for k in ("stride", "dilation"))
     padding = [0, *node.attrs["padding"]][-2:]
-    return tuple(stride), tuple(padding), tuple(dilation)  # type: ignore[return-value]
+    return tuple(stride), tuple(padding), tuple(dilation)
 
 
 def _conv_at_one_pixel(e: Emitter, node: Node, w: np.ndarray, matrices: list[np.ndarray], out: Place) -> None:
@@ -139,8 +139,7 @@ def _conv_at_one_pixel(e: Emitter, node: Node, w: np.ndarray, matrices: list[np.
         choice = choose(kept[0], "linear")
     else:
         choice = choose_groups(kept, "linear")
-    strides = (list(x.strides) + [0, 0, 0])[: len(x.shape)]
-    sc, sy, sx = (strides[0], strides[1], strides[2]) if len(strides) == 3 else (strides[0], 0, strides[-1])
+    sc, sy, sx = x.strides if len(x.strides) == 3 else (x.strides[0], 0, x.strides[-1])
     taps = (y[:, None] * sy + z[None, :] * sx)[inside]
     table = (np.arange(channels)[:, None] * sc + taps[None, :]).reshape(-1)
     _linear_step(e, node, choice, w, x, table, out, (1, 0, 0), out.strides[0])
@@ -202,5 +201,3 @@ def _linear_step(
             **_facts(node, choice, w),
         )
     )
-
-

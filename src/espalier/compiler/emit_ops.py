@@ -137,9 +137,9 @@ def mean(e: Emitter, node: Node) -> None:
     y = e.clean_target(node.outputs[0])
     channels = x.shape[kept[0]] if kept else 1
     into = y.strides[kept[0] if node.attrs["keepdim"] else 0] if kept else 0
-    rows, columns = ([None, *dims])[-2:]
-    a_sizes = (1, channels, 1 if rows is None else x.shape[rows], x.shape[columns])
-    a_strides = (0, x.strides[kept[0]] if kept else 0, 0 if rows is None else x.strides[rows], x.strides[columns])
+    sizes, strides = ([1, *[p[d] for d in dims]][-2:] for p in (x.shape, x.strides))
+    a_sizes = (1, channels, sizes[0], sizes[1])
+    a_strides = (0, x.strides[kept[0]] if kept else 0, strides[0], strides[1])
     out = y.operand_of((1, channels, 1, 1), (0, into, 0, 0))
     e.step(name=node.name, op="adaptive", out=out, a=x.operand_of(a_sizes, a_strides), nodes=(node.name,))
 
@@ -155,7 +155,9 @@ def softmax(e: Emitter, node: Node) -> None:
     dim = node.attrs["dim"]
     dim = dim - 1 if dim > 0 else dim + len(x.shape)
     order = [d for d in range(len(x.shape)) if d != dim] + [dim]
-    turned = [replace(p, shape=tuple(p.shape[d] for d in order), strides=tuple(p.strides[d] for d in order)) for p in (x, y)]
+    turned = [
+        replace(p, shape=tuple(p.shape[d] for d in order), strides=tuple(p.strides[d] for d in order)) for p in (x, y)
+    ]
     a, out = (p.operand_of(*_last_dimension(p)) for p in turned)
     params = (int(node.op == "log_softmax"),)
     e.step(name=node.name, op="softmax", out=out, a=a, params=params, nodes=(node.name,))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 
@@ -106,7 +107,7 @@ def planes_of(shape: tuple[int, ...]) -> tuple[int, int, int]:
     ((8, 5, 5), (8, 1, 5), (8, 1, 1))
     """
     if len(shape) == 3:
-        return shape  # type: ignore[return-value]
+        return shape
     return (shape[0], 1, shape[1]) if len(shape) == 2 else (shape[0], 1, 1)
 
 
@@ -232,7 +233,7 @@ def plan_layout(graph: Graph, nodes: tuple[Node, ...], inputs: tuple[str, ...], 
             _plan_conv(layout, node, graph)
         elif node.op in ("add", "sub", "mul", "div"):
             homes = [layout.home[n][0] for n in (*node.inputs, *node.outputs) if n in layout.home]
-            for a, b in zip(homes, homes[1:]):
+            for a, b in pairwise(homes):
                 if layout.roots[a].height == layout.roots[b].height:
                     layout.join(a, b)
     return layout

@@ -31,11 +31,14 @@ def lower(graph: Graph) -> Program:
     (`split` hands those parts to PyTorch).
     """
     batch = batch_of(graph)
-    refused = [(node, reason) for node in graph.nodes if (reason := why_not(graph, node, batch))]
-    refused += [(None, reason) for reason in _strange_ends(graph, batch)]
+    refused = [
+        f"{node.name} ({node.op}) at {node.place or 'unknown place'}: {reason}"
+        for node in graph.nodes
+        if (reason := why_not(graph, node, batch))
+    ]
+    refused += _strange_ends(graph, batch)
     if refused:
-        lines = [f"{n.name} ({n.op}) at {n.place or 'unknown place'}: {r}" if n else r for n, r in refused[:5]]
-        raise CompileError("the engine cannot run all of this graph: " + "; ".join(lines))
+        raise CompileError("the engine cannot run all of this graph: " + "; ".join(refused[:5]))
     fused = any("activation" in node.attrs for node in graph.nodes)
     return _program(graph if fused else fuse(graph), batch)
 

@@ -83,8 +83,8 @@ class Operand:
 class Step:
     """One kernel call.
 
-    activation: name and up to two parameters. front: floats of margin before the first plane; None when the output has no
-    margins that must be zero. arrays: the row-blocks and bias (see `_ARRAYS`). params: as enumerated in
+    activation: name and up to two parameters. front: floats of margin before the first plane; None when the output
+    has no margins that must be zero. arrays: the row-blocks and bias (see `_ARRAYS`). params: as enumerated in
     native/src/program.h. format, reason: what was chosen for the weights, and why. nonzeros, weights: of the layer.
     nodes: the names of the graph's nodes that this step computes.
     """
@@ -124,7 +124,7 @@ class Program:
 
     def to_bytes(self) -> bytes:
         """The program as the engine loads it."""
-        return _Writer(self).bytes()
+        return _Writer(self).written()
 
 
 class _Writer:
@@ -139,7 +139,7 @@ class _Writer:
         self.pieces: list[tuple[int, bytes]] = []
         self.known: dict[Any, int] = {}
 
-    def bytes(self) -> bytes:
+    def written(self) -> bytes:
         program = self.program
         words: list[int] = []
         for spec in (*program.inputs, *program.outputs):

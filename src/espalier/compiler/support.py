@@ -20,7 +20,10 @@ Check = Callable[[Graph, Node], str]  # why not, or ""
 
 @dataclass(frozen=True)
 class Lowering:
-    """How an op becomes steps. check: why a node of it cannot, or "". fresh: it writes values rather than viewing them."""
+    """How an op becomes steps.
+
+    check: why a node of it cannot, or "". fresh: it writes values rather than viewing others.
+    """
 
     emit: Callable[[Emitter, Node], None]
     check: Check
@@ -124,7 +127,11 @@ def _binary(graph: Graph, node: Node) -> str:
         if name not in graph.tensors:
             if len(value.shape) != rank:
                 return "operands of different rank"
-        elif value.dtype != torch.float32 or len(value.shape) > rank or (len(value.shape) == rank and value.shape[0] != 1):
+        elif (
+            value.dtype != torch.float32
+            or len(value.shape) > rank
+            or (len(value.shape) == rank and value.shape[0] != 1)
+        ):
             return f"{name} does not fit one sample"
     return "both operands are constants" if all(n in graph.tensors for n in names) else ""
 

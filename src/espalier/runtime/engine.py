@@ -84,13 +84,16 @@ def _library() -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise EngineError(f"{path} cannot be loaded: {error}. Build it again") from error
     if library.esp_version() != _VERSION:
-        raise EngineError(f"{path} has interface {library.esp_version()}, this package needs {_VERSION}. Build it again")
+        raise EngineError(
+            f"{path} has interface {library.esp_version()}, this package needs {_VERSION}. Build it again"
+        )
     return library
 
 
 def isas() -> tuple[Isa, ...]:
     """The instruction sets of the library, best first."""
-    library, found = _library(), []
+    library = _library()
+    found: list[Isa] = []
     while (name := library.esp_isa_name(len(found))) is not None:
         found.append(Isa(name.decode(), bool(library.esp_isa_supported(len(found)))))
     return tuple(found)
@@ -160,16 +163,18 @@ class Context:
         code = self._library.esp_context_create(program._handle, threads, ctypes.byref(handle), message, len(message))
         if code:
             raise EngineError(message.value.decode(errors="replace"), code)
-        self._handle = handle
+        self._handle, self.process = handle, os.getpid()
 
     def __del__(self) -> None:
-        if self._handle is not None:
+        if self._handle is not None and self.process == os.getpid():  # its threads did not follow a fork
             self._library.esp_context_free(self._handle)
 
     def run(self, inputs: Sequence[np.ndarray], batch: int) -> list[np.ndarray]:
         """Outputs for `batch` samples; inputs are contiguous float32 ``[batch, *shape]`` and checked by the caller."""
         shapes = [(batch, *shape) for _, shape in self.program.inputs]
-        if [i.shape for i in inputs] != shapes or not all(i.flags.c_contiguous and i.dtype == np.float32 for i in inputs):
+        if [i.shape for i in inputs] != shapes or not all(
+            i.flags.c_contiguous and i.dtype == np.float32 for i in inputs
+        ):
             raise EngineError(f"the program takes contiguous float32 arrays of shapes {shapes}", 1)
         outputs = [np.empty((batch, *shape), np.float32) for _, shape in self.program.outputs]
         pointers = [(c_void_p * max(1, len(a)))(*[x.ctypes.data for x in a]) for a in (inputs, outputs)]

@@ -50,10 +50,7 @@ class _Native:
 
     def __call__(self, values: dict[str, Any], batch: int, times: defaultdict[str, float] | None) -> None:
         arrays = [_array(values[name]) for name in self.inputs]
-        try:
-            context = self.idle.pop()  # atomic: two callers never get the same
-        except IndexError:
-            context = Context(self.loaded, self.threads)
+        context = self._context()
         try:
             if times is not None:
                 context.profile(True)
@@ -65,6 +62,16 @@ class _Native:
         finally:
             self.idle.append(context)
         values.update(zip(self.outputs, results))
+
+    def _context(self) -> Context:
+        """One that nobody else has. Those of a process that forked are left alone: their threads did not follow."""
+        while True:
+            try:
+                context = self.idle.pop()  # atomic: two callers never get the same
+            except IndexError:
+                return Context(self.loaded, self.threads)
+            if context.process == os.getpid():
+                return context
 
 
 class _Torch:

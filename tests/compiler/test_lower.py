@@ -1,0 +1,129 @@
+"""From graphs to programs: what is fused, which format is chosen and why, what is handed to PyTorch."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from espalier.compiler.blocks import choose, choose_groups
+from espalier.compiler.formats import unpack
+from espalier.compiler.fuse import fuse
+from espalier.compiler.lower import lower, split
+from espalier.compiler.support import LOWERINGS
+from espalier.errors import CompileError
+from espalier.graph.capture import capture
+
+
+def graph_of(*layers: nn.Module, shape: tuple[int, ...] = (8, 12, 12)):
+    return capture(nn.Sequential(*layers).eval(), torch.randn(2, *shape))
+
+
+def ops(program) -> list[str]:
+    return [step.op for step in program.steps]
+
+
+def test_norms_activations_and_residuals_are_no_steps() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.n = nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            x = self.n(self.a(x)).relu()
+            return (self.n(self.b(x)) + x).relu()
+
+    graph = capture(Block().eval(), torch.randn(2, 8, 12, 12))
+    program = lower(graph)
+    assert ops(program) == ["copy", "conv", "conv", "copy"]
+    assert program.steps[2].b.space == "arena" and program.steps[2].activation[0] == "clamp"
+    assert program.to_bytes() == lower(fuse(graph)).to_bytes()
+
+
+def test_equal_row_strides_make_one_run() -> None:
+    program = lower(graph_of(nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 5, 1, 2)))
+    convs = [step for step in program.steps if step.op == "conv"]
+    assert [step.params[1] for step in convs] == [1, 1, 1]  # segments
+
+
+def test_concatenations_are_written_in_place() -> None:
+    class Cat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(8, 3, 1), nn.Conv2d(8, 5, 3, 1, 1), nn.Conv2d(8, 4, 3, 1, 1)
+
+        def forward(self, x):
+            return self.c(torch.cat([self.a(x), self.b(x)], 1))
+
+    assert ops(lower(capture(Cat(), torch.randn(2, 8, 6, 6)))) == ["copy", "conv", "conv", "conv", "copy"]
+
+
+def test_a_flattened_image_is_not_copied() -> None:
+    program = lower(graph_of(nn.Conv2d(8, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1), nn.Flatten(), nn.Linear(576, 3)))
+    assert ops(program) == ["copy", "conv", "conv", "linear", "copy"]
+
+
+def test_the_arena_is_reused() -> None:
+    deep = lower(graph_of(*[nn.Conv2d(8, 8, 3, 1, 1) for _ in range(12)]))
+    assert deep.arena_size <= lower(graph_of(*[nn.Conv2d(8, 8, 3, 1, 1) for _ in range(3)])).arena_size * 1.1
+
+
+def test_every_step_says_its_format_and_why() -> None:
+    dense = lower(graph_of(nn.Conv2d(8, 16, 3))).steps[1]
+    assert (dense.format, dense.nonzeros, dense.weights) == ("dense/8", 1152, 1152)
+    assert dense.reason == "density 1.00: skipping would not pay"
+
+
+def punched(rows: int, columns: int, height: int, density: float) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    mask = rng.random((rows // height, columns)) < density
+    return (rng.standard_normal((rows, columns)) * np.repeat(mask, height, 0)).astype(np.float32)
+
+
+@pytest.mark.parametrize("op", ["conv", "linear"])
+@pytest.mark.parametrize(
+    ("height", "density", "expected"),
+    [(8, 0.1, "blocks/8"), (1, 1.0, "dense/"), (1, 0.9, "dense/"), (4, 0.1, "blocks/4"), (1, 0.02, "blocks/1")],
+)
+def test_the_format_follows_the_weight(op, height, density, expected) -> None:
+    matrix = punched(64, 300, height, density)
+    choice = choose(matrix, op)
+    assert choice.format.startswith(expected)
+    assert (unpack(choice.blocks) == matrix).all()
+
+
+def test_rows_that_share_columns_are_found_in_any_order() -> None:
+    matrix = punched(64, 300, 8, 0.1)[np.random.default_rng(1).permutation(64)]
+    assert choose(matrix, "conv").format == "blocks/8"
+
+
+@pytest.mark.parametrize(("groups", "rows"), [(1, 5), (3, 4), (7, 1), (2, 16)])
+def test_groups_are_a_block_diagonal_matrix(groups, rows) -> None:
+    rng = np.random.default_rng(0)
+    matrices = [
+        (rng.standard_normal((rows, 6)) * (rng.random((rows, 6)) < 0.5)).astype(np.float32) for _ in range(groups)
+    ]
+    whole = np.zeros((groups * rows, groups * 6), np.float32)
+    for k, m in enumerate(matrices):
+        whole[k * rows : (k + 1) * rows, k * 6 : (k + 1) * 6] = m
+    assert (unpack(choose_groups(matrices, "conv").blocks) == whole).all()
+
+
+class Lacking(nn.Module):
+    def forward(self, x):
+        return torch.cumsum(x, 1) + x.relu()
+
+
+def test_what_cannot_be_lowered_is_named() -> None:
+    graph = capture(Lacking(), torch.randn(2, 8, 4, 4))
+    with pytest.raises(CompileError, match=r"cumsum \(opaque\) at .*cumsum.*: no kernel for aten.cumsum.default"):
+        lower(graph)
+
+
+def test_split_hands_it_to_pytorch() -> None:
+    pieces = split(capture(Lacking(), torch.randn(2, 8, 4, 4)))
+    assert [piece.program is not None for piece in pieces] == [False, True]
+    assert pieces[0].reasons == (("cumsum", "no kernel for aten.cumsum.default"),)
+
+
+def test_a_row_for_every_op_has_a_check() -> None:
+    assert all(callable(row.emit) and callable(row.check) for row in LOWERINGS.values())
