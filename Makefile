@@ -13,7 +13,7 @@ setup: .venv/.ready
 	@touch $@
 
 demo: setup
-	$(BIN)/espalier compress lenet_digits --data digits --density 0.1 --epochs 15 --seed 0 --out $(OUT) --resume
+	$(BIN)/espalier compress lenet_digits --data digits --density 0.1 --dense-epochs 20 --epochs 60 --recipe.batch_size 32 --seed 0 --out $(OUT) --resume
 
 lint: setup
 	$(BIN)/ruff check src tests benchmarks examples

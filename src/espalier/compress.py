@@ -24,7 +24,6 @@ from espalier.store import save
 from espalier.train import Data, Recipe, build, evaluate, fit, load_data, load_weights, seed_everything
 from espalier.workspace import Workspace
 
-
 SHAPING = 0.5  # of the epochs; the rest retrains, half before purification and half after
 FINE_TUNING = 0.4  # of the recipe's learning rate, once the dense network is trained
 
@@ -71,7 +70,7 @@ def compress(
     density or plan: the kept share of weights (the `scheme` is then mapped by rule), or a plan or plan file.
     method: how the weights are brought into the plan: a name of METHODS or a method.
     scheme_options, method_options: keyword options of both, where they are given by name.
-    max_drop: points of accuracy that may be lost; purification, before retraining, spends at most half of them.
+    max_drop: points of accuracy that may be lost; purification spends at most half of what shaping left of them.
     epochs: of shaping and retraining together. dense_epochs: of the dense network before; by default as many when it
         comes from the zoo without `weights`, else none.
     weights: a safetensors file with the dense network's weights.
@@ -147,7 +146,8 @@ class _Job:
         shaped = self.work.phase("shape", lambda: self._shape(run, shaping))
         self._restore(run, shaped)
         self._restore(run, self.work.phase("recover", lambda: self._retrain("recover", run, recovery)))
-        pure = self.work.phase("purify", lambda: self._purify(run))
+        left = self.max_drop - (dense["score"] - self._score())
+        pure = self.work.phase("purify", lambda: self._purify(run, left / 2))
         self._restore(run, pure)
         final = self.work.phase("retrain", lambda: self._retrain("retrain", run, self.epochs - shaping - recovery))
         self._restore(run, final)
@@ -184,9 +184,10 @@ class _Job:
         run.finish()
         return self._state(run)
 
-    def _purify(self, run: Run) -> dict[str, Any]:
-        report = purify(run, self._score, self.max_drop / 2)
-        return self._state(run, report=dataclasses.asdict(report))
+    def _purify(self, run: Run, budget: float) -> dict[str, Any]:
+        """Spend `budget` points; where shaping has spent them all already, remove nothing more."""
+        report = dataclasses.asdict(purify(run, self._score, budget)) if budget > 0 else {}
+        return self._state(run, report=report)
 
     def _retrain(self, phase: str, run: Run, epochs: int) -> dict[str, Any]:
         """In the frozen plan; before purification, so that its thresholds are set by a network that works."""

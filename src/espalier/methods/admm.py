@@ -21,14 +21,12 @@ class ADMM(Method):
     """P-RM's ADMM (arXiv 1905.00136), with one Z, U pair for each rule of a scheme (filters *and* columns).
 
     stages: rho climbs from `rho_start` to `rho_end` in so many equal factors, one after the other; Z and U start afresh
-        in each. Public code of the group: 1e-4 to 1e-1, times 10 in four stages.
-    rho_end: None (our reading) takes 1e-1 for runs of 4000 steps and more, and in inverse proportion more for shorter
-        ones, so that the pull over the whole run stays the same. rho_start is a thousandth of rho_end by default.
+        in each. The defaults, 1e-4 to 1e-1 times 10 in four stages, are those of the group's public code.
     updates: how many times Z and U are updated in a run; the papers do it every few epochs.
     """
 
-    rho_start: float | None = None
-    rho_end: float | None = None
+    rho_start: float = 1e-4
+    rho_end: float = 1e-1
     stages: int = 4
     updates: int = 40
 
@@ -74,7 +72,4 @@ class ADMM(Method):
             state[f"{target.site}/u{r}"] = torch.zeros_like(w)
 
     def _rho(self, progress: Progress) -> float:
-        share = progress.share("admm")
-        end = self.rho_end or 0.1 * max(1.0, 4000 / max(1, progress.steps or 1))
-        start = self.rho_start or end / 1000
-        return staircase(start, end, self.stages, share)
+        return staircase(self.rho_start, self.rho_end, self.stages, progress.share("admm"))
