@@ -39,14 +39,8 @@ def multiset(images: Tensor) -> list[bytes]:
 @pytest.mark.parametrize("below", ["MNIST/raw", "."])
 def test_mnist(tmp_path: Path, below: str, packed: bool) -> None:
     wrote = write_mnist(tmp_path / below, packed=packed)
-    data = load_data("mnist", tmp_path)
-    assert (data.shape, data.classes, len(data.train), len(data.holdout), len(data.test)) == (
-        (1, 28, 28),
-        10,
-        30,
-        10,
-        20,
-    )
+    data = load_data("mnist", tmp_path, holdout=0.1)
+    assert (data.shape, data.classes, sizes(data)) == ((1, 28, 28), 10, (30, 10, 20))
     assert np.array_equal(data.test.images[:, 0].numpy(), wrote["t10k-images-idx3-ubyte"])
     assert np.array_equal(data.test.labels.numpy(), wrote["t10k-labels-idx1-ubyte"])
     assert multiset(every(data.train, data.holdout)) == multiset(torch.from_numpy(wrote["train-images-idx3-ubyte"]))
@@ -55,14 +49,8 @@ def test_mnist(tmp_path: Path, below: str, packed: bool) -> None:
 @pytest.mark.parametrize("below", ["cifar-10-batches-bin", "."])
 def test_cifar10(tmp_path: Path, below: str) -> None:
     wrote = write_cifar(tmp_path / below, CIFAR10, 1, 10)
-    data = load_data("cifar10", tmp_path)
-    assert (data.shape, data.classes, len(data.train), len(data.holdout), len(data.test)) == (
-        (3, 32, 32),
-        10,
-        90,
-        10,
-        20,
-    )
+    data = load_data("cifar10", tmp_path, holdout=0.1)
+    assert (data.shape, data.classes, sizes(data)) == ((3, 32, 32), 10, (90, 10, 20))
     assert np.array_equal(data.test.images.numpy().reshape(20, -1), wrote[5][:, 1:])
     assert np.array_equal(data.test.labels.numpy(), wrote[5][:, 0])
     assert multiset(every(data.train, data.holdout)) == multiset(
@@ -72,27 +60,40 @@ def test_cifar10(tmp_path: Path, below: str) -> None:
 
 def test_cifar100_takes_the_fine_labels(tmp_path: Path) -> None:
     wrote = write_cifar(tmp_path / "cifar-100-binary", ["train.bin", "test.bin"], 2, 100, count=200)
-    data = load_data("cifar100", tmp_path)
+    data = load_data("cifar100", tmp_path, holdout=0.1)
     assert (data.classes, len(data.train), len(data.holdout)) == (100, 100, 100)
     assert np.array_equal(data.test.labels.numpy(), wrote[1][:, 1])
 
 
 def test_digits_are_all_there_and_divided_for_good() -> None:
     data, again, other = load_data("digits"), load_data("digits"), load_data("digits", seed=1)
-    assert (len(data.train), len(data.holdout), len(data.test)) == (1294, 144, 359)
+    assert sum(sizes(data)) == 1797
     assert torch.equal(data.holdout.images, again.holdout.images) and torch.equal(data.test.images, other.test.images)
     assert not torch.equal(data.holdout.images, other.holdout.images)
-    held = data.holdout.labels.bincount()
-    assert held.min() >= 13 and held.max() <= 16  # a tenth of every class
     values = data.train.normalised(data.train.images)
     assert abs(float(values.mean())) < 0.05 and abs(float(values.std()) - 1) < 0.05
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.99])
+def test_every_class_gives_its_share_to_the_holdout(share: float) -> None:
+    data = load_data("digits", holdout=share)
+    held, kept = data.holdout.labels.bincount(minlength=10), data.train.labels.bincount(minlength=10)
+    assert min(held) >= 1 and min(kept) >= 1
+    assert all(abs(int(h) - share * int(h + k)) <= 1 for h, k in zip(held, kept))
+
+
+def test_a_small_data_set_holds_out_more_than_a_tenth(tmp_path: Path) -> None:
+    write_mnist(tmp_path / "small", train=40)
+    write_mnist(tmp_path / "large", train=6000)
+    assert sizes(load_data("mnist", tmp_path / "small"))[:2] == (30, 10)  # a quarter
+    assert sizes(load_data("mnist", tmp_path / "large"))[:2] == (5400, 600)  # a tenth
 
 
 @pytest.mark.parametrize("test", ["test", "val"])
 @pytest.mark.parametrize("sides", [(20, 16), (16, 24), (16, 16)])
 def test_image_folders(tmp_path: Path, test: str, sides: tuple[int, int]) -> None:
     write_pictures(tmp_path, ("train", test), sides)
-    data = load_data(f"folder:{tmp_path}")
+    data = load_data(f"folder:{tmp_path}", holdout=0.1)
     assert (data.shape, data.classes, sizes(data)) == ((3, 16, 16), 2, (10, 2, 12))
     assert data.test.labels.tolist() == [0] * 6 + [1] * 6
     assert data.test.images[0, :, 3, 3].tolist() == [20, 0, 0] and data.test.images[11, :, 3, 3].tolist() == [
@@ -108,7 +109,7 @@ def test_image_folders_of_several_sizes_take_the_usual_one_and_the_middle(tmp_pa
     striped[:, 30:60] = 255
     Image.fromarray(striped).save(tmp_path / "train" / "cat" / "0.png")
     Image.fromarray(striped).save(tmp_path / "val" / "cat" / "0.png")
-    data = load_data(f"folder:{tmp_path}")
+    data = load_data(f"folder:{tmp_path}", holdout=0.1)
     assert data.shape == (3, 32, 32)
     assert data.test.images[0, :, :, 3:-3].min() > 200
 
@@ -152,7 +153,7 @@ def hub_rows(count: int) -> list[dict[str, Any]]:
 
 def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = fake_hub(monkeypatch, {"train": hub_rows(8), "validation": hub_rows(4)}, hub_features())
-    data = load_data("hub:someone/things:small")
+    data = load_data("hub:someone/things:small", holdout=0.1)
     assert asked == [("someone/things", "small")]
     assert (data.shape, data.classes, sizes(data)) == ((3, 8, 8), 2, (6, 2, 4))
     assert data.test.labels.tolist() == [0, 1, 0, 1] and data.test.images[3].unique().tolist() == [90]
@@ -285,7 +286,7 @@ def test_a_holdout_outside_its_range(share: float) -> None:
 def test_another_normalisation() -> None:
     data = load_data("digits").normalised_by([0.0], [1.0])
     x, _ = next(data.test.batches(50))
-    assert torch.equal(x, data.test.images[:50].float() / 255)
+    assert torch.equal(x, data.test.images[: len(x)].float() / 255)
     with pytest.raises(DataError, match="1 channels"):
         data.normalised_by([0.5] * 3, [0.5] * 3)
 

@@ -1,7 +1,10 @@
 """A loop for people who have none: data, zoo, training."""
 
+from espalier.train.checkpoint import seed_everything
 from espalier.train.data import DATA, load_data
-from espalier.train.loop import History, Recipe, Score, TrainHooks, evaluate, fit, recalibrate, seed_everything
+from espalier.train.loop import Epoch, History, TrainHooks, fit
+from espalier.train.recipe import Recipe
+from espalier.train.score import Score, evaluate, recalibrate
 from espalier.train.sources import SOURCES, Source, download
 from espalier.train.split import Data, Split
 from espalier.train.zoo import ZOO, Network, build, example_shape, inner_widths, load_weights, read_weights
@@ -11,6 +14,7 @@ __all__ = [
     "SOURCES",
     "ZOO",
     "Data",
+    "Epoch",
     "History",
     "Network",
     "Recipe",

@@ -20,6 +20,7 @@ except ImportError:
     load_digits = None
 
 Loaded = tuple[Split, Split, int]  # training set, test set, classes
+SMALLEST_HOLDOUT = 500  # images, as long as they are no more than a quarter
 MNIST_NORM: Norm = ((0.1307,), (0.3081,))
 CIFAR100_NORM: Norm = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
@@ -33,11 +34,12 @@ class Row:
     about: str
 
 
-def load_data(name: str, root: str | Path | None = None, *, holdout: float = 0.1, seed: int = 0) -> Data:
+def load_data(name: str, root: str | Path | None = None, *, holdout: float | None = None, seed: int = 0) -> Data:
     """A data set by name: digits, mnist, cifar10, cifar100, folder:PATH, hub:NAME or synthetic:CxHxW:CLASSES.
 
     root: the folder of its files, by default ``data``. holdout: the share of the training set, class by class, on which
-    choices are made, so that nothing is tuned on the test set; `seed` decides which images these are.
+    choices are made, so that nothing is tuned on the test set; by default a tenth, more where that is under 500 images.
+    `seed` decides which images these are.
 
     Raises UnknownNameError for a name, DataError for files that are missing or damaged, MissingExtraError.
 
@@ -51,6 +53,8 @@ def load_data(name: str, root: str | Path | None = None, *, holdout: float = 0.1
     if bool(rest) != (":" in row.usage) or (colon and not rest):
         raise DataError(f"data {name!r}: write {row.usage} ({row.about})")
     train, test, classes = row.load(rest, Path(root or "data"))
+    if holdout is None:
+        holdout = min(0.25, max(0.1, SMALLEST_HOLDOUT / len(train)))
     return divide(name, train, test, classes, holdout, seed)
 
 
@@ -61,7 +65,7 @@ def _digits(_: str, _root: Path) -> Loaded:
     images = torch.from_numpy(np.minimum(bunch.images * 16, 255).astype(np.uint8))[:, None]
     labels = torch.from_numpy(bunch.target.astype(np.int64))
     norm: Norm = ((0.305,), (0.376,))
-    test = torch.arange(len(labels)) % 5 == 4  # scikit-learn ships no split
+    test = torch.arange(len(labels)) % 4 == 3  # scikit-learn ships no split
     return Split(images[~test], labels[~test], norm, crop=1), Split(images[test], labels[test], norm), 10
 
 

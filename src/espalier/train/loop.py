@@ -2,94 +2,98 @@
 
 from __future__ import annotations
 
-import math
-import os
-import random
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from types import FrameType, TracebackType
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.errors import MissingExtraError, TrainingError
-from espalier.train.split import Data, Split
+from espalier.train.checkpoint import (
+    check_same,
+    random_state,
+    read_checkpoint,
+    seed_everything,
+    set_random_state,
+    shapes,
+    write_checkpoint,
+)
+from espalier.train.recipe import Recipe
+from espalier.train.score import evaluate
+from espalier.train.split import Data
+from espalier.train.told import Told
 
 try:  # an optional extra
     from lightning_fabric import Fabric
 except ImportError:
     Fabric = None  # type: ignore[assignment,misc]
 
+SAVE_EVERY_S = 300.0
+_EPOCH_SEEDS = 7919
+
 
 class TrainHooks(Protocol):
-    """What the loop calls: a `methods.Run`, or anything like it."""
+    """What the loop calls: a `methods.Run`, or anything like it.
 
-    def penalty(self) -> Tensor: ...
-
-    def step(self) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train.
-
-    lr falls from its top along `ramp` after `warmup_epochs` of linear rise. clip: largest norm of the gradient, 0 for
-    none. precision: as lightning-fabric says it, such as "32-true" or "bf16-mixed".
+    >>> class Nothing:
+    ...     def penalty(self): return torch.zeros(())
+    ...     def step(self): pass
+    ...     def state_dict(self): return {}
+    ...     def load_state_dict(self, state): pass
+    >>> hooks: TrainHooks = Nothing()
     """
 
-    epochs: int = 10
-    batch_size: int = 128
-    lr: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    ramp: Literal["cosine", "constant"] = "cosine"
-    warmup_epochs: float = 0.5
-    label_smoothing: float = 0.0
-    clip: float = 0.0
-    precision: str = "32-true"
-    seed: int = 0
+    def penalty(self) -> Tensor:
+        """A scalar that is added to the loss."""
+        ...
 
-    def lr_at(self, step: int, steps: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step (from 0) of `steps`."""
-        warmup = self.warmup_epochs * steps_per_epoch
-        if step < warmup:
-            return self.lr * (step + 1) / (warmup + 1)
-        share = (step - warmup) / max(1.0, steps - warmup)
-        return self.lr * (0.5 * (1 + math.cos(math.pi * share)) if self.ramp == "cosine" else 1.0)
+    def step(self) -> None:
+        """Called after every step of the optimizer."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values from which the hooks go on as if they had not been stopped."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from such a state."""
+        ...
 
 
 @dataclass(frozen=True)
-class Score:
-    """Accuracy 0..1, mean loss, samples."""
+class Epoch:
+    """What an epoch came to. Accuracies are 0..1; `seconds` is the time it took this process.
 
-    accuracy: float
+    >>> Epoch(1, 0.5, 0.0, 0.8, 0.6, 0.75, 0.05, 3.2).holdout_accuracy
+    0.75
+    """
+
+    epoch: int
     loss: float
-    n: int
+    penalty: float
+    accuracy: float
+    holdout_loss: float
+    holdout_accuracy: float
+    lr: float
+    seconds: float
 
 
 @dataclass
 class History:
-    """What an epoch came to, one dict each: epoch, loss, penalty, holdout accuracy, seconds."""
+    """What the epochs came to, those before a resumption too.
 
-    epochs: list[dict[str, float]] = field(default_factory=list)
+    >>> History().epochs
+    []
+    """
 
-
-def seed_everything(seed: int) -> None:
-    """Seed torch, numpy and random."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
+    epochs: list[Epoch] = field(default_factory=list)
 
 
 def fit(
@@ -98,187 +102,246 @@ def fit(
     recipe: Recipe,
     *,
     hooks: TrainHooks | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     resume: bool = False,
     phase: str = "train",
     progress: bool = True,
+    devices: int = 1,
     accelerator: str = "auto",
-    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    save_every_s: float = SAVE_EVERY_S,
 ) -> History:
-    """Train `model` in place by `recipe`.
+    """Train `model` in place by `recipe`; it comes back on the device and with the training flags that it had.
 
     hooks: a `methods.Run`: its penalty joins the loss, its step follows the optimizer's.
-    checkpoint: a file written after every epoch, whole or not at all; with `resume` training goes on from it and, on a
-        CPU, ends bit for bit as if it had not been stopped.
+    checkpoint: a file written after every epoch, every `save_every_s` seconds and at Ctrl-C, whole or not at all.
+        With `resume` training goes on from it, if it is there; killed at any moment it ends, on a CPU, bit for bit as
+        if it had not been stopped. Random numbers are seeded by the recipe and the epoch.
+    on_epoch: called after each epoch. devices: processes to share every batch among (as lightning-fabric, torchrun).
 
-    Raises TrainingError for a loss that is not finite, a checkpoint of something else, or a disk that is full.
+    Raises TrainingError for a loss that is not finite, a checkpoint of something else, or a disk that is full;
+    KeyboardInterrupt at Ctrl-C, after the step under way is done and saved (a second Ctrl-C does not wait).
+
+    >>> data = load_data("digits")
+    >>> history = fit(build("lenet_digits"), data, Recipe(epochs=3), progress=False)
+    >>> history.epochs[2].holdout_accuracy > 0.5
+    True
     """
     if Fabric is None:
         raise MissingExtraError("lightning-fabric", "train")
-    fabric = Fabric(accelerator=accelerator, devices=1, precision=recipe.precision)  # type: ignore[arg-type]
-    optimizer = _optimizer(model, recipe)
-    history, first = History(), 0
-    if resume and checkpoint is not None and checkpoint.exists():
-        first = _restore(checkpoint, model, optimizer, hooks, recipe, history)
-    model.to(fabric.device)
-    wrapped, optimizer = fabric.setup(model, optimizer)
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn(),
-        console=console, disable=not (progress and console.is_terminal), transient=True,
-    ) as bar:  # fmt: skip
-        task = bar.add_task(phase, total=recipe.epochs * data.train.steps(recipe.batch_size), told="")
-        bar.advance(task, first * data.train.steps(recipe.batch_size))
-        for epoch in range(first, recipe.epochs):
-            start = time.perf_counter()
-            loss, penalty = _epoch(fabric, wrapped, optimizer, data, recipe, epoch, hooks, lambda: bar.advance(task))
-            score = evaluate(model, data.holdout)
-            row = {"epoch": epoch + 1, "loss": loss, "penalty": penalty, "holdout": 100 * score.accuracy}
-            told = f"loss {loss:.4f}  holdout {100 * score.accuracy:.2f} %"
-            bar.update(task, told=f"epoch {epoch + 1}/{recipe.epochs}  {told}")
-            history.epochs.append({**row, "seconds": time.perf_counter() - start})
-            if checkpoint is not None:
-                _save(checkpoint, model, optimizer, hooks, recipe, epoch + 1, history)
-            if on_epoch is not None:
-                on_epoch(row)
-            if progress and not console.is_terminal:
-                console.print(f"{phase} {epoch + 1}/{recipe.epochs}  {told}  {time.perf_counter() - start:.1f} s")
-    return history
+    try:
+        fabric = Fabric(accelerator=accelerator, devices=devices, precision=recipe.precision)  # type: ignore[arg-type]
+    except (ValueError, RuntimeError) as error:
+        raise TrainingError(f"cannot train on {devices} x {accelerator} in {recipe.precision}: {error}") from error
+    fabric.launch()
+    home = next((p.device for p in model.parameters()), torch.device("cpu"))
+    flags = [(module, module.training) for module in model.modules()]
+    path = None if checkpoint is None else Path(checkpoint)
+    try:
+        run = _Fit(fabric, model, data, recipe, hooks, path, phase, save_every_s)
+        if resume and path is not None and path.exists():
+            run.restore(path)
+        steps = data.train.steps(recipe.batch_size)
+        shown = progress and fabric.global_rank == 0
+        with _Interrupts() as interrupts, Told(phase, recipe.epochs, steps, run.done, shown) as told:
+            while run.epoch < recipe.epochs:
+                run.train_epoch(interrupts, told)
+                row = run.end_epoch()
+                told.epoch(row.epoch, row.loss, row.holdout_accuracy, row.seconds)
+                if on_epoch is not None:
+                    on_epoch(row)
+        return run.history
+    finally:
+        model.to(home)
+        for module, training in flags:
+            module.training = training
 
 
-def _epoch(
-    fabric: Any,
-    model: nn.Module,
-    optimizer: Any,
-    data: Data,
-    recipe: Recipe,
-    epoch: int,
-    hooks: TrainHooks | None,
-    advance: Callable[[], None],
-) -> tuple[float, float]:
-    """One pass over the training set; the mean loss and penalty."""
-    per_epoch = data.train.steps(recipe.batch_size)
-    seed_everything(recipe.seed * 7919 + epoch)  # dropout, so that a resumed epoch draws the same
-    model.train()
-    total, extra = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    batches = data.train.batches(recipe.batch_size, seed=recipe.seed, epoch=epoch, shuffle=True, augment=True)
-    for k, (x, y) in enumerate(batches):
-        step = epoch * per_epoch + k
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr_at(step, recipe.epochs * per_epoch, per_epoch)
-        loss = F.cross_entropy(model(x.to(fabric.device)), y.to(fabric.device), label_smoothing=recipe.label_smoothing)
-        penalty = hooks.penalty() if hooks is not None else torch.zeros((), device=loss.device)
-        if not torch.isfinite(loss + penalty):
+class _Fit:
+    """Training under way. What is needed to go on is in `state()` and nowhere else."""
+
+    def __init__(
+        self,
+        fabric: Any,
+        model: nn.Module,
+        data: Data,
+        recipe: Recipe,
+        hooks: TrainHooks | None,
+        path: Path | None,
+        phase: str,
+        save_every_s: float,
+    ) -> None:
+        self.fabric, self.model, self.data, self.recipe, self.hooks = fabric, model, data, recipe, hooks
+        self.path, self.phase, self.save_every_s = path, phase, save_every_s
+        self.steps = data.train.steps(recipe.batch_size)
+        self.epoch = self.batch = 0  # the next to be done
+        self.sums = {"loss": 0.0, "penalty": 0.0, "right": 0.0, "seen": 0.0}
+        self.history = History()
+        self.saved_at = self.began_at = time.monotonic()
+        self.network = shapes(model)
+        model.to(fabric.device)
+        self.wrapped, self.optimizer = fabric.setup(model, recipe.make_optimizer(model))
+
+    @property
+    def done(self) -> int:
+        """Steps that are done."""
+        return self.epoch * self.steps + self.batch
+
+    def train_epoch(self, interrupts: _Interrupts, told: Told) -> None:
+        """What is left of an epoch."""
+        self.began_at = time.monotonic()
+        if self.batch == 0:
+            seed_everything(self.recipe.seed * _EPOCH_SEEDS + self.epoch)  # whatever was drawn between the epochs
+        self.model.train()
+        batches = self.data.train.batches(
+            self.recipe.batch_size,
+            seed=self.recipe.seed,
+            epoch=self.epoch,
+            first=self.batch,
+            shuffle=True,
+            augment=True,
+            device=self.fabric.device,
+        )
+        for x, y in batches:
+            self._step(x, y)
+            self.batch += 1
+            told.step()
+            due = self.path is not None and time.monotonic() - self.saved_at >= self.save_every_s
+            if due or interrupts.asked:
+                self.save()
+            if interrupts.asked:
+                raise KeyboardInterrupt
+
+    def end_epoch(self) -> Epoch:
+        """Score the epoch and save it."""
+        held, sums, last = evaluate(self.model, self.data.holdout), self._all_sums(), self.done - 1
+        self.epoch, self.batch = self.epoch + 1, 0
+        row = Epoch(
+            epoch=self.epoch,
+            loss=sums["loss"] / max(1.0, sums["seen"]),
+            penalty=sums["penalty"] / (self.steps * self.fabric.world_size),
+            accuracy=sums["right"] / max(1.0, sums["seen"]),
+            holdout_loss=held.loss,
+            holdout_accuracy=held.accuracy,
+            lr=self.recipe.lr_at(last, self.steps),
+            seconds=time.monotonic() - self.began_at,
+        )
+        self.sums = dict.fromkeys(self.sums, 0.0)
+        self.history.epochs.append(row)
+        self.save()
+        return row
+
+    def _step(self, x: Tensor, y: Tensor) -> None:
+        """One step of the optimizer on this process's share of a batch."""
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        if len(x) < world:
+            return
+        x, y = x[rank::world], y[rank::world]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr_at(self.done, self.steps)
+        self.optimizer.zero_grad()
+        parts = list(zip(x.chunk(self.recipe.accumulate), y.chunk(self.recipe.accumulate)))
+        for k, (xs, ys) in enumerate(parts):
+            last = k == len(parts) - 1
+            with self.fabric.no_backward_sync(self.wrapped, enabled=not last):
+                self._backward(xs, ys, len(xs) / len(x), last)
+        if self.recipe.clip:
+            self.fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=self.recipe.clip)
+        self.optimizer.step()
+        if self.hooks is not None:
+            self.hooks.step()
+
+    def _backward(self, x: Tensor, y: Tensor, share: float, last: bool) -> None:
+        out = self.wrapped(x)
+        if out.ndim != 2 or out.shape[1] < self.data.classes:
             raise TrainingError(
-                f"the loss is {float(loss)} (penalty {float(penalty)}) in epoch {epoch + 1}, step {k + 1}: training "
-                f"has diverged. Try a lower learning rate than {recipe.lr}, a longer warm-up, or clip=1"
+                f"{type(self.model).__name__} makes {list(out.shape)} of {len(x)} images, but {self.data.name} has "
+                f"{self.data.classes} classes: build it with classes={self.data.classes}"
             )
-        optimizer.zero_grad()
-        fabric.backward(loss + penalty)
-        if recipe.clip:
-            fabric.clip_gradients(model, optimizer, max_norm=recipe.clip)
-        optimizer.step()
-        if hooks is not None:
-            hooks.step()
-        total += loss.detach().double().cpu()
-        extra += penalty.detach().double().cpu()
-        advance()
-    return float(total) / per_epoch, float(extra) / per_epoch
+        loss = F.cross_entropy(out, y, label_smoothing=self.recipe.label_smoothing)
+        penalty = self.hooks.penalty() if last and self.hooks is not None else torch.zeros((), device=loss.device)
+        value, extra = float(loss.detach()), float(penalty.detach())
+        if not torch.isfinite(loss + penalty):
+            kept = f"; {self.path} holds what was before" if self.path is not None and self.path.exists() else ""
+            raise TrainingError(
+                f"{self.phase}: the loss is {value} (penalty {extra}) in epoch {self.epoch + 1}, step "
+                f"{self.batch + 1} of {self.steps}: training has diverged{kept}. Try a lower learning rate than "
+                f"{self.recipe.lr}, more warmup_epochs than {self.recipe.warmup_epochs}, or clip=1"
+            )
+        self.fabric.backward(loss * share + penalty)
+        self.sums["loss"] += value * len(x)
+        self.sums["penalty"] += extra
+        self.sums["right"] += float((out.detach().argmax(1) == y).sum())
+        self.sums["seen"] += len(x)
+
+    def _all_sums(self) -> dict[str, float]:
+        if self.fabric.world_size == 1:
+            return self.sums
+        values = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=self.fabric.device)
+        return dict(zip(self.sums, self.fabric.all_reduce(values, reduce_op="sum").tolist()))
+
+    # -- saving and going on -----------------------------------------------------------------------
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint must agree in, besides recipe and network."""
+        images = len(self.data.train)
+        return {"phase": self.phase, "data": self.data.name, "images": images, "hooks": self.hooks is not None}
+
+    def save(self) -> None:
+        """Write the checkpoint, where one is wanted."""
+        self.saved_at = time.monotonic()
+        if self.path is not None and self.fabric.global_rank == 0:
+            write_checkpoint(
+                self.path,
+                {
+                    "recipe": asdict(self.recipe),
+                    "network": self.network,
+                    "facts": self.facts(),
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "hooks": self.hooks.state_dict() if self.hooks is not None else {},
+                    "epoch": self.epoch,
+                    "batch": self.batch,
+                    "sums": self.sums,
+                    "history": [asdict(row) for row in self.history.epochs],
+                    "random": random_state(),
+                },
+            )
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint."""
+        state = read_checkpoint(path)
+        check_same(path, "recipe", state["recipe"], asdict(self.recipe))
+        check_same(path, "network", state["network"], self.network)
+        check_same(path, "run", state["facts"], self.facts())
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.hooks is not None:
+            self.hooks.load_state_dict(state["hooks"])
+        self.epoch, self.batch, self.sums = int(state["epoch"]), int(state["batch"]), dict(state["sums"])
+        self.history = History([Epoch(**row) for row in state["history"]])
+        set_random_state(state["random"])
 
 
-def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500) -> Score:
-    """Accuracy and loss of `model` in eval mode; its train() and eval() flags are put back."""
-    flags = [(module, module.training) for module in model.modules()]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    model.eval()
-    right, loss = 0, 0.0
-    with torch.inference_mode():
-        for x, y in split.batches(batch_size):
-            out = model(x.to(device)).float().cpu()
-            right += int((out.argmax(1) == y).sum())
-            loss += float(F.cross_entropy(out, y, reduction="sum"))
-    for module, training in flags:
-        module.training = training
-    return Score(right / len(split), loss / len(split), len(split))
+class _Interrupts:
+    """Ctrl-C asks for an end after the step under way; a second one ends at once."""
 
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
 
-def recalibrate(model: nn.Module, split: Split, batches: int = 50, batch_size: int = 128) -> None:
-    """Estimate the batch norms' statistics anew, as plain means over `batches` batches."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [m.momentum for m in norms]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative mean
-        norm.train()
-    with torch.no_grad():
-        for k, (x, _) in enumerate(split.batches(batch_size, shuffle=True)):
-            if k == batches:
-                break
-            model(x.to(device))
-    for norm, momentum in zip(norms, before):
-        norm.momentum = momentum
-    for module, training in flags:
-        module.training = training
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._hear)
+        return self
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
 
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Weight decay on weights of two and more dimensions only: biases and norms are left out."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
-    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, lr=recipe.lr)
-
-
-def _save(
-    path: Path, model: nn.Module, optimizer: Any, hooks: TrainHooks | None, recipe: Recipe, epoch: int, history: History
-) -> None:
-    part = path.with_name(path.name + ".part")
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "hooks": hooks.state_dict() if hooks is not None else {},
-        "recipe": asdict(recipe),
-        "epoch": epoch,
-        "history": history.epochs,
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as stream:
-            torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk into a RuntimeError
-        part.unlink(missing_ok=True)
-        raise TrainingError(
-            f"cannot write the checkpoint {path}: {error}. The one before it is whole: make room and resume"
-        ) from error
-
-
-def _restore(
-    path: Path, model: nn.Module, optimizer: Any, hooks: TrainHooks | None, recipe: Recipe, history: History
-) -> int:
-    """Load a checkpoint; returns how many epochs are done."""
-    try:
-        state = torch.load(path, weights_only=True)
-        if state["recipe"] != asdict(recipe):
-            raise TrainingError(f"{path} belongs to another recipe ({state['recipe']}): resume with that one")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    except TrainingError:
-        raise
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise TrainingError(f"{path} is no checkpoint of this network and recipe: {error}. Remove it") from error
-    if hooks is not None:
-        hooks.load_state_dict(state["hooks"])
-    history.epochs = state["history"]
-    return int(state["epoch"])
+    def _hear(self, _number: int, _frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True

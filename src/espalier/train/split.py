@@ -37,9 +37,9 @@ class Split:
         return len(self.labels)
 
     def steps(self, batch_size: int) -> int:
-        """Batches in one epoch, the last and smaller one counted.
+        """Batches in one epoch.
 
-        >>> load_data("digits").test.steps(100)
+        >>> load_data("synthetic:3x8x8:2").test.steps(10)  # of 32 images
         4
         """
         return -(-len(self) // batch_size)
@@ -57,6 +57,9 @@ class Split:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of (images float32, labels) on `device`; the same `seed` and `epoch` always give the same ones.
 
+        They hold `batch_size` images or fewer, all of them equally many to within one: a batch norm that saw a last
+        batch of one image would not know what to do.
+
         first: the batch to begin with, for an epoch that was broken off: what follows is as if it had not been.
 
         >>> x, y = next(load_data("digits").train.batches(32, seed=1, epoch=2, shuffle=True, augment=True))
@@ -65,12 +68,13 @@ class Split:
         """
         base = (seed * _PRIME + epoch) * _PRIME
         order = torch.randperm(len(self), generator=_generator(base)) if shuffle else torch.arange(len(self))
-        for k, index in enumerate(order.split(batch_size)[first:], first):
+        for k, index in enumerate(order.tensor_split(max(1, self.steps(batch_size)))[first:], first):
             whole = not shuffle and len(index) == len(self)
             images = (self.images if whole else self.images[index]).to(device)
             if augment:
-                images = self._augmented(images, _generator(base + k + 1))  # a seed for each batch: none depends on
-            yield self.normalised(images), self.labels[index].to(device)  # those before it
+                # A seed for each batch, so that none depends on those before it.
+                images = self._augmented(images, _generator(base + k + 1))
+            yield self.normalised(images), self.labels[index].to(device)
 
     def normalised(self, images: Tensor) -> Tensor:
         """uint8 images as float32, normalised by channel: (x / 255 - mean) / std.
@@ -103,9 +107,9 @@ class Split:
 class Data:
     """A data set: what is trained on, what choices are made on (holdout), and what is reported (test).
 
-    >>> data = load_data("digits")
+    >>> data = load_data("synthetic:3x8x8:2", holdout=0.25)
     >>> len(data.train), len(data.holdout), len(data.test), data.classes, data.shape
-    (1294, 144, 359, 10, (1, 8, 8))
+    (96, 32, 32, 2, (3, 8, 8))
     """
 
     name: str
@@ -145,9 +149,9 @@ def divide(name: str, train: Split, test: Split, classes: int, holdout: float, s
     At least one image of a class is held out, and at least one stays. Raises DataError for a share outside 0..1,
     labels outside 0..classes, or splits that are empty or differ in shape.
 
-    >>> data = load_data("digits", holdout=0.5)
-    >>> len(data.train), len(data.holdout)
-    (717, 721)
+    >>> data = load_data("synthetic:3x8x8:2", holdout=0.5)  # calls it
+    >>> data.train.labels.bincount(), data.holdout.labels.bincount()
+    (tensor([32, 32]), tensor([32, 32]))
     """
     if not 0 < holdout < 1:
         raise DataError(f"{name}: holdout is {holdout}, expected a share between 0 and 1")
