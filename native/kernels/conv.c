@@ -146,14 +146,24 @@ static void run_block(const block *whole, const tile_function *tiles, int M, int
     }
 }
 
+/* About `wanted`, such that all chunks but the last are equal and that one is little smaller; whole vectors if flat. */
+static int64_t even_step(int64_t extent, int64_t wanted, bool flat, int parts)
+{
+    int64_t chunks = (extent + wanted / 2) / wanted, unit = flat ? ESP_WIDTH : 1, most = flat ? extent / 192 : extent;
+    if (chunks < parts) chunks = parts < most ? parts : most; /* a band for each thread, if large enough */
+    if (chunks < 1) chunks = 1;
+    return ((extent + chunks - 1) / chunks + unit - 1) / unit * unit;
+}
+
 /* Chunks one after another, in each all blocks: what a chunk reads stays in the cache. Threads get equal shares of
  * the sequence, by the number of columns (and 4 for the work that every block has). */
 static void run(const esp_step *s, const esp_frame *f, int part, int parts, const tile_function *tiles, int M, int widest)
 {
     const int64_t *p = s->param, blocks = s->starts_count - 1, height = p[CONV_HEIGHT];
     const bool flat = p[CONV_SEGMENTS] == 1;
-    const int64_t step = flat ? (p[CONV_CHUNK] + 191) / 192 * 192 : 1 + p[CONV_CHUNK] / p[CONV_LENGTH];
-    const int64_t extent = flat ? p[CONV_LENGTH] : p[CONV_SEGMENTS], chunks = (extent + step - 1) / step;
+    const int64_t extent = flat ? p[CONV_LENGTH] : p[CONV_SEGMENTS];
+    const int64_t step = even_step(extent, flat ? p[CONV_CHUNK] : 1 + p[CONV_CHUNK] / p[CONV_LENGTH], flat, parts);
+    const int64_t chunks = (extent + step - 1) / step;
     const int64_t cost = s->index_count + 4 * blocks;
     int64_t begin, end;
     share(cost * chunks, part, parts, &begin, &end);
