@@ -38,7 +38,9 @@ def shaped(name: str, scheme_name: str, density: float) -> tuple[nn.Module, torc
         for site, scheme in plan.resolve(graph.sites()).items():
             assert unfit(scheme, graph.sites()[site]) is None
             weight = graph.tensors[site]
-            weight.copy_(scheme.project(torch.randn_like(weight) * weight.std(), graph.sites()[site].conv_groups))
+            weight.copy_(
+                scheme.project(torch.randn_like(weight) * float(weight.std()), graph.sites()[site].conv_groups)
+            )
     return model, example
 
 

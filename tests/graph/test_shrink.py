@@ -166,6 +166,15 @@ def test_the_small_network_goes_on_training() -> None:
     assert parameters(shrink(small, example)) <= parameters(small)
 
 
+def test_inside_inference_mode_too() -> None:
+    model, example = stirred(Residual)
+    cut_at_random(model, example, 0.4, 0.2, 1)
+    with torch.inference_mode():
+        small = shrink(model, torch.randn(1, 3, 12, 12)).train()
+    small(torch.randn(4, 3, 12, 12)).sum().backward()
+    assert small.get_parameter("stem.weight").grad is not None
+
+
 def test_liveness_that_ignores_a_reader_is_found() -> None:
     """The broken implementation: cutting a channel that somebody reads must show in the outputs."""
     model, example = stirred(Chain)

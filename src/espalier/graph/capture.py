@@ -35,7 +35,10 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # export makes parameters, also inside the caller's inference mode
             exported = _export(model, args, kwargs)
     finally:
         for module, training in flags:
@@ -60,7 +63,7 @@ def _export(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor
     """With the batch size free where that can be, else as it is."""
 
     def widen(x: Tensor) -> Tensor:  # a size of 1 would be taken for a constant
-        return torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x
+        return torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x.clone()
 
     def free(x: Tensor) -> dict[int, Any] | None:
         return {0: torch.export.Dim.AUTO} if x.ndim else None

@@ -34,6 +34,7 @@ class Cuts:
         return sum(torch.Size(a).numel() - torch.Size(b).numel() for a, b in self.shapes.values())
 
 
+@torch.inference_mode(False)  # what it makes trains, also when it is called inside one
 def shrink(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
     """A smaller module with the same outputs (in eval mode, up to rounding), which goes on training.
 
