@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from espalier.errors import ShapeError
+from espalier.runtime.executable import compile
+
 
 def randomised(module: nn.Module) -> nn.Module:
     """Batch norms with statistics of their own."""
@@ -140,3 +143,42 @@ def test_what_the_engine_lacks_runs_in_pytorch(check_network) -> None:
     assert len(executable.fallbacks) == 1 and "cumsum" in executable.fallbacks[0]
     kinds = [row.kernel.split("/")[0] for row in executable.describe()]
     assert "torch" in kinds and kinds.count("conv") == 3
+
+
+class Words(nn.Module):
+    """Attention: values whose first dimension is a multiple of the batch, or another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.randn(1, 7, 32))
+        self.layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.layer(x + self.place)
+        return self.head(y), x
+
+
+def test_attention_runs_in_parts(check_network) -> None:
+    executable = check_network(Words(), (7, 32), native=False, batches=(1, 2, 5))
+    assert executable.fallbacks and any(row.kernel.startswith("linear") for row in executable.describe())
+
+
+class OneSample(nn.Module):
+    """Written for a batch of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(144, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).view(1, -1))
+
+
+def test_a_network_for_one_batch_size(assert_close) -> None:
+    net, x = OneSample().eval(), torch.randn(1, 3, 6, 6)
+    executable = compile(net, x, threads=1)
+    assert executable.fallbacks == ()
+    assert_close(executable(x), net(x))
+    with pytest.raises(ShapeError, match=r"expected shape \[1, 3, 6, 6\], got \[2, 3, 6, 6\]"):
+        executable(torch.randn(2, 3, 6, 6))

@@ -10,7 +10,7 @@ from espalier.compiler.fuse import fuse
 from espalier.compiler.layout import Place, plan_layout
 from espalier.compiler.memory import Interval, allocate
 from espalier.compiler.program import Operand, Program, Step, TensorSpec, dense_strides
-from espalier.compiler.support import LOWERINGS, why_not
+from espalier.compiler.support import LOWERINGS, follows, why_not
 from espalier.errors import CompileError
 from espalier.graph.ir import Graph, Node
 
@@ -71,7 +71,7 @@ def _strange_ends(graph: Graph, batch: int) -> list[str]:
         value = graph.values[name]
         if name in graph.tensors or str(value.dtype) != "torch.float32" or not value.shape:
             found.append(f"{name} is no batch of float32 samples")
-        elif not (value.batched or value.shape[0] == batch) or len(value.shape) > 5:
+        elif not follows(graph, value, batch) or len(value.shape) > 5:
             found.append(f"{name} does not follow the batch")
     return found
 

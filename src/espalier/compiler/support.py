@@ -10,7 +10,7 @@ import torch
 
 from espalier.compiler import emit_blocks, emit_ops
 from espalier.compiler.emit import Emitter
-from espalier.graph.ir import Graph, Node
+from espalier.graph.ir import Graph, Node, Value
 
 MAX_RANK = 4  # of one sample
 MAX_POOL_REACH = 2048  # ESP_POOL_REACH of native/src/program.h
@@ -40,7 +40,7 @@ def why_not(graph: Graph, node: Node, batch: int) -> str:
         value = graph.values[name]
         if value.dtype != torch.float32:
             return f"{name} is {value.dtype}, kernels are float32"
-        if not value.shape or not (value.batched or value.shape[0] == batch):
+        if not follows(graph, value, batch):
             return f"{name} does not follow the batch"
         if len(value.shape) - 1 > MAX_RANK:
             return f"{name} has {len(value.shape) - 1} dimensions beside the batch, kernels take {MAX_RANK}"
@@ -49,8 +49,10 @@ def why_not(graph: Graph, node: Node, batch: int) -> str:
     return row.check(graph, node)
 
 
-def _fine(graph: Graph, node: Node) -> str:
-    return ""
+def follows(graph: Graph, value: Value, batch: int) -> bool:
+    """Whether dimension 0 of a value counts samples: neither a multiple of the batch nor some other size like it."""
+    free = any(graph.values[name].batched for name in graph.inputs)
+    return bool(value.shape) and value.shape[0] == batch and (value.batched or not free)
 
 
 def _rank(graph: Graph, node: Node) -> int:
