@@ -119,7 +119,7 @@ def run_command(file: str, input: str = "", output: str = "", threads: int | Non
             if len(arrays) == 1:
                 np.save(stream, arrays[0])
             else:
-                np.savez(stream, **{f"output{k}": array for k, array in enumerate(arrays)})
+                np.savez(stream, *arrays)  # arr_0, arr_1, ...
     except OSError as error:
         raise DataError(f"cannot write {output}: {error.strerror}") from error
     Console().print(f"{output}: {', '.join(str(list(array.shape)) for array in arrays)}", highlight=False)
@@ -173,7 +173,7 @@ def bench_command(
         console.print(f"runs through PyTorch: {name}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
+COMMANDS: dict[str, Any] = {
     "compress": compress_command,
     "info": info_command,
     "run": run_command,
@@ -200,7 +200,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _underscores(argument: str) -> str:
-    """Options may be written with dashes or underscores: ``--max-drop`` is ``--max_drop``."""
+    """Options may be written with dashes or underscores (``--max-drop`` is ``--max_drop``), flags without "true"."""
+    if argument == "--resume":
+        return "--resume=true"
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
@@ -237,3 +239,7 @@ def _cut(module: nn.Module, example: Tensor, density: float, scheme: str) -> nn.
     run = start(cut, uniform(capture(cut, example), density, scheme), get("magnitude"), example)
     run.finish()
     return shrink(cut, example)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

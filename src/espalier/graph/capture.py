@@ -49,10 +49,8 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
 def _inputs(example: ExampleInputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     if isinstance(example, Tensor):
         return (example,), {}
-    if isinstance(example, Mapping):
-        args, kwargs = (), dict(example)
-    else:
-        args, kwargs = tuple(example), {}
+    args: tuple[Tensor, ...] = () if isinstance(example, Mapping) else tuple(example)
+    kwargs = dict(example) if isinstance(example, Mapping) else {}
     for value in (*args, *kwargs.values()):
         if not isinstance(value, Tensor):
             raise ShapeError(f"example inputs must be tensors, got {type(value).__name__}: bind other arguments first")
@@ -80,9 +78,11 @@ def _export(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor
             return torch.export.export(model, args, kwargs, strict=False)
         except Exception as error:
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            given = ", ".join(str(list(x.shape)) for x in (*args, *kwargs.values()))
             raise CaptureError(
-                f"torch.export cannot follow {type(model).__name__}: {first.strip()} "
-                "Does its forward branch on values of tensors? Wrap the part that can be followed in a module"
+                f"torch.export cannot follow {type(model).__name__} on inputs of shape {given}: {first.strip()} "
+                "(Are these its inputs? Does its forward branch on values of tensors? Then wrap the part that can be "
+                "followed in a module of its own)"
             ) from error
 
 

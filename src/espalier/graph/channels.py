@@ -123,7 +123,7 @@ class _Labeller:
         else:
             names = self.node.inputs
         for name in names:
-            if name in self.graph.tensors and name not in self.found.labels:
+            if name is not None and name in self.graph.tensors and name not in self.found.labels:
                 shape = self.graph.values[name].shape
                 size = self.graph.tensors[name].numel()
                 self.found.labels[name] = self.found.fresh(size).reshape(shape) if size else torch.zeros(shape).long()

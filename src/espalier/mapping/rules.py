@@ -41,6 +41,14 @@ def uniform(graph: Graph, density: float, name: str = "filter+column", **options
         chosen: dict[str, Scheme | None] = {s: None if s in dense else trial for s in sites}
     else:
         shared = _solve(sites, dense, gentle, density)
+        if shared < density / 2:  # sparing the small layers would starve the others: spare none
+            gentle, shared = set(), _solve(sites, dense, set(), density)
+        if shared <= 0:
+            least = sum(sites[s].weights for s in dense) / total
+            raise PlanError(
+                f"density {density:.4g} cannot be reached with {name}: the layers that cannot take it hold {least:.4g} "
+                f"of all weights. Ask for more than {least:.4g}, or give a plan that names every layer"
+            )
         chosen = {
             s: None if s in dense else _at(names[s], math.sqrt(density) if s in gentle else shared, options)
             for s in sites
@@ -57,20 +65,11 @@ def _at(name: str, density: float, options: dict[str, Any]) -> Scheme:
 
 
 def _solve(sites: dict[str, Site], dense: set[str], gentle: set[str], density: float) -> float:
-    """The density of the other layers that makes the whole network keep `density`."""
+    """The density of the other layers that makes the whole network keep `density`; not above 0 where none can."""
     total = sum(site.weights for site in sites.values())
     spent = sum(sites[s].weights for s in dense) + math.sqrt(density) * sum(sites[s].weights for s in gentle)
     rest = total - sum(sites[s].weights for s in dense | gentle)
-    if rest == 0:
-        return density
-    shared = (density * total - spent) / rest
-    if shared <= 0:
-        least = spent / total
-        raise PlanError(
-            f"density {density:.4g} cannot be reached with this scheme: the layers it spares hold {least:.4g} of all "
-            f"weights. Ask for more than {least:.4g}, or give a plan that names every layer"
-        )
-    return min(1.0, shared)
+    return min(1.0, (density * total - spent) / rest) if rest else (density if dense else 0.0)
 
 
 def _fixed(name: str) -> bool:

@@ -1,47 +1,9 @@
 """How training gets there: the run protocol, one file per method, purification."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import nn
-
-from espalier.errors import MethodError, UnknownNameError
-from espalier.graph import ExampleInputs
 from espalier.methods.admm import ADMM
-from espalier.methods.base import Method, Run, start_run
+from espalier.methods.base import Method, Run
 from espalier.methods.magnitude import Magnitude
 from espalier.methods.purify import PurifyReport, purify
-from espalier.sparsity import Plan, Scheme
-
-METHODS: dict[str, type[Method]] = {"admm": ADMM, "magnitude": Magnitude}
-
-
-def get(name: str, **options: Any) -> Method:
-    """A method by name. Raises UnknownNameError for a name, MethodError for an option that it does not have."""
-    if name not in METHODS:
-        raise UnknownNameError("method", name, METHODS)
-    try:
-        return METHODS[name](**options)
-    except TypeError as error:
-        raise MethodError(f"method {name}: {error}") from None
-
-
-def start(
-    model: nn.Module,
-    plan: Plan | Mapping[str, Scheme],
-    method: Method | str,
-    example_inputs: ExampleInputs,
-    *,
-    steps: int | None = None,
-) -> Run:
-    """Start to train `model` into `plan`.
-
-    plan: a Plan, or site -> scheme. method: a method, or its name. steps: how many optimizer steps there will be before
-    `finish`; methods with a ramp need it.
-
-    >>> run = start(model, Plan.uniform("filter", 0.5), "admm", x, steps=1000)
-    """
-    return start_run(model, plan, get(method) if isinstance(method, str) else method, example_inputs, steps)
-
+from espalier.methods.table import METHODS, get, start
 
 __all__ = ["ADMM", "METHODS", "Magnitude", "Method", "PurifyReport", "Run", "get", "purify", "start"]

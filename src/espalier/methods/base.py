@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import MethodError
-from espalier.graph import ExampleInputs, Graph, bury, capture
-from espalier.sparsity import Frozen, Plan, Scheme
+from espalier.graph import Graph, bury
+from espalier.sparsity import Frozen, Scheme
 from espalier.sparsity.scheme import Tie
 
 
@@ -207,16 +207,3 @@ def _moved(frozen: Frozen, device: torch.device) -> Frozen:
     ties = tuple(Tie(tie.structure, tie.tied.to(device)) for tie in frozen.ties)
     signs = None if frozen.signs is None else frozen.signs.to(device)
     return Frozen(frozen.mask.to(device), frozen.conv_groups, ties, signs)
-
-
-def start_run(
-    model: nn.Module,
-    plan: Plan | Mapping[str, Scheme],
-    method: Method,
-    example_inputs: ExampleInputs,
-    steps: int | None = None,
-) -> Run:
-    """See `methods.start`, which takes a method by name too."""
-    graph = capture(model, example_inputs)
-    schemes = plan.resolve(graph.sites()) if isinstance(plan, Plan) else dict(plan)
-    return Run(graph, schemes, method, steps)

@@ -1,0 +1,51 @@
+"""METHODS: one row per method; `start` puts one to work on a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from espalier.errors import MethodError, UnknownNameError
+from espalier.graph import ExampleInputs, capture
+from espalier.methods.admm import ADMM
+from espalier.methods.base import Method, Run
+from espalier.methods.magnitude import Magnitude
+from espalier.sparsity import Plan, Scheme
+
+METHODS: dict[str, type[Method]] = {"admm": ADMM, "magnitude": Magnitude}
+
+
+def get(name: str, **options: Any) -> Method:
+    """A method by name. Raises UnknownNameError for a name, MethodError for an option that it does not have.
+
+    >>> get("admm", updates=20).updates
+    20
+    """
+    if name not in METHODS:
+        raise UnknownNameError("method", name, METHODS)
+    try:
+        return METHODS[name](**options)
+    except TypeError as error:
+        raise MethodError(f"method {name}: {error}") from None
+
+
+def start(
+    model: nn.Module,
+    plan: Plan | Mapping[str, Scheme],
+    method: Method | str,
+    example_inputs: ExampleInputs,
+    *,
+    steps: int | None = None,
+) -> Run:
+    """Start to train `model` into `plan`.
+
+    plan: a Plan, or site -> scheme. method: a method, or its name. steps: how many optimizer steps there will be before
+    `finish`; methods with a ramp need it. Raises PlanError, MethodError, UnknownNameError, CaptureError.
+
+    >>> run = start(model, Plan.uniform("filter", 0.5), "admm", x, steps=1000)
+    """
+    graph = capture(model, example_inputs)
+    schemes = plan.resolve(graph.sites()) if isinstance(plan, Plan) else dict(plan)
+    return Run(graph, schemes, get(method) if isinstance(method, str) else method, steps)

@@ -1,0 +1,159 @@
+"""The command line as a user meets it: the whole way, wrong input, Ctrl-C, resuming."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import espalier as es
+from espalier.cli import main
+
+THREADS = torch.get_num_threads()  # as the finished run has; `bench` changes it
+QUICK = ["--density", "0.2", "--epochs", "6", "--dense-epochs", "4", "--recipe.batch_size", "64", "--seed", "1"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    assert main(["compress", "lenet_digits", "--data", "digits", "--out", str(out), *QUICK]) == 0
+    return out
+
+
+def test_the_whole_way_leaves_what_it_says(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    dense, small = report["dense"], report["compressed"]
+    assert small["nonzero"] <= 0.2 * dense["weights"] * 1.02 and small["file_bytes"] < dense["file_bytes"] / 3
+    assert small["accuracy"] > 80 and report["achieved"]["density"] == small["nonzero"] / dense["weights"]
+    assert set(report["latency_ms"]["compressed"]) == {"torch", "torch_spread", "engine", "engine_spread"}
+    assert report["machine"]["cpu"] and report["phases"]["purified"] > 0
+    assert es.Plan.load(finished / "plan.toml").entries
+    program = es.load(finished / "model.esp")
+    assert program(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+
+
+def test_info_run_and_bench(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(finished / "model.esp")
+    assert main(["info", file]) == 0
+    assert "conv1.weight" in capsys.readouterr().out
+    x = np.random.default_rng(0).standard_normal((5, 1, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    assert main(["run", file, "--input", str(tmp_path / "x.npy"), "--output", str(tmp_path / "y.npy")]) == 0
+    want = es.load(file).to_module()(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), want, rtol=1e-4, atol=1e-4)
+    assert main(["bench", file, "--against", "torch", "--rounds", "3"]) == 0
+    assert main(["bench", "lenet5", "--density", "0.1", "--rounds", "3"]) == 0
+    assert "espalier" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["compress", "resnet20a", "--data", "digits", "--density", "0.5"], "did you mean 'resnet20'"),
+        (["compress", "nowhere.nets:make", "--data", "digits", "--density", "0.5"], "nowhere"),
+        (["compress", "lenet_digits", "--data", "digit", "--density", "0.5"], "digits"),
+        (["compress", "lenet_digits", "--data", "mnist", "--data-root", "/nowhere", "--density", "0.5"], "idx"),
+        (["compress", "lenet_digits", "--density", "0.5"], "--data"),
+        (
+            ["compress", "lenet_digits", "--data", "digits", "--density", "0.5", "--scheme", "filtr"],
+            "did you mean 'filter'",
+        ),
+        (
+            ["compress", "lenet_digits", "--data", "digits", "--density", "0.5", "--method", "admn"],
+            "did you mean 'admm'",
+        ),
+        (["compress", "lenet_digits", "--data", "digits", "--density", "1.5"], "density"),
+        (["compress", "lenet_digits", "--data", "digits"], "either density"),
+        (["compress", "lenet_digits", "--data", "digits", "--plan", "none.toml"], "cannot be read"),
+        (["compress", "lenet_digits", "--data", "digits", "--density", "0.5", "--weights", "none.st"], "none.st"),
+        (["compress", "lenet5", "--data", "digits", "--density", "0.5"], "inputs of shape [1, 1, 8, 8]"),
+        (["info", "nowhere.esp"], "cannot be read"),
+        (["run", "nowhere.esp", "--input", "x.npy", "--output", "y.npy"], "cannot be read"),
+        (["bench", "lenet5", "--against", "tensort"], "unknown rival"),
+    ],
+)
+def test_wrong_input_is_told(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert message in told and "Traceback" not in told
+
+
+def test_wrong_shapes_and_damaged_files(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((1, 3, 8, 8), np.float32))
+    data = (finished / "model.esp").read_bytes()
+    (tmp_path / "cut.esp").write_bytes(data[: len(data) // 2])
+    (tmp_path / "x.txt").write_text("no array")
+    output = ["--output", str(tmp_path / "y.npy")]
+    file = str(finished / "model.esp")
+    for arguments, message in (
+        (["run", file, "--input", str(tmp_path / "x.npy"), *output], "expected"),
+        (["run", file, "--input", str(tmp_path / "x.txt"), *output], "npy"),
+        (["run", file], "--input"),
+        (["info", str(tmp_path / "cut.esp")], "cut off"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_overwritten(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compress", "lenet_digits", "--data", "digits", "--out", str(finished), *QUICK]
+    assert main(command) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main([*command, "--resume", "--epochs", "7"]) == 2
+    assert "epochs (was 6, now 7)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("blow,status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_run_goes_on_to_the_same_end(finished: Path, tmp_path: Path, blow: int, status: int) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "espalier.cli",
+        "compress",
+        "lenet_digits",
+        "--data",
+        "digits",
+        "--out",
+        "again",
+        *QUICK,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
+    first = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    assert first.stderr is not None
+    for line in first.stderr:
+        if line.startswith("shape 2/"):
+            break
+    time.sleep(0.05)
+    first.send_signal(blow)
+    told = first.stderr.read()
+    assert first.wait(60) == status
+    if blow == signal.SIGINT:
+        assert "--resume" in told and "Traceback" not in told
+    second = subprocess.run([*command, "--resume"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert "dense 1/" not in second.stderr
+    ours, theirs = (es.load(path / "model.esp").graph.tensors for path in (tmp_path / "again", finished))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_options_from_a_file(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "model: lenet_digits\ndata: digits\ndensity: 0.3\nscheme: weight\nmethod: magnitude\nepochs: 2\n"
+        f"dense_epochs: 1\nout: {tmp_path / 'out'}\nrecipe:\n  batch_size: 64\n"
+    )
+    assert main(["compress", "--config", str(config)]) == 0
+    assert "weight" in (tmp_path / "out" / "plan.toml").read_text()
