@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
@@ -144,6 +145,19 @@ def test_flags_and_place_are_as_before(simple: Data) -> None:
     assert [id(p) for p in model.parameters()] == parameters
     evaluate(model, simple.test)
     assert [m.training for m in model] == [True, False, True]
+
+
+def test_convs_train_as_by_hand_and_their_weights_come_back_contiguous() -> None:
+    images, recipe = load_data("synthetic:3x8x8:3"), Recipe(epochs=1, batch_size=32, weight_decay=0.01)
+    seed_everything(0)
+    ours = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+    theirs = copy.deepcopy(ours)
+    seen = []
+    quiet(ours, images, recipe, on_epoch=lambda _: seen.append(ours[0].weight.is_contiguous()))
+    by_hand(theirs, images, recipe)
+    assert seen == [False] and all(p.is_contiguous() for p in ours.parameters())
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b)
 
 
 def test_mixed_precision_keeps_the_weights_as_they_are(simple: Data) -> None:

@@ -28,7 +28,7 @@ class Score:
 
 
 def evaluate(
-    model: nn.Module, split: Split, *, batch_size: int = 500, device: torch.device | str | None = None
+    model: nn.Module, split: Split, *, batch_size: int = 128, device: torch.device | str | None = None
 ) -> Score:
     """Accuracy and loss of `model` in eval mode, on `device` (by default where it is).
 
