@@ -1,5 +1,8 @@
 """Codings: how a tensor becomes few bytes. Each is exact to the bit; the smallest wins.
 
+A coding sees flat unsigned words, whatever they stand for. A word is alive when a bit of it besides the highest is set:
+for floats, when the number is not zero. Zeros with a sign (weights multiplied by a mask have them) cost a bit each.
+
 To add one, add a row to CODINGS; its name is what files hold.
 """
 
@@ -12,34 +15,51 @@ import constriction
 import numpy as np
 import zstandard
 
-LEVEL = 15  # zstandard's, between speed and size
+FAST, THOROUGH = 1, 15  # zstandard's levels; the second takes a second for 10 MB
+_WORTH, _LONG = (
+    0.8,
+    2**22,
+)  # a long stream that the first brings to no less than this share gains nothing from the second
+_STEPS = 65535  # of the probability that a word is alive
 
 
 @dataclass(frozen=True)
 class Coding:
-    """encode: the bytes of a flat array of unsigned words; decode: words back from bytes, their dtype and how many."""
+    """encode: the bytes of a flat array of unsigned words; decode: words back from bytes, their dtype and how many.
+
+    Decoding raises ValueError for bytes that no encoding makes, and never unpacks to more than that many words.
+    """
 
     encode: Callable[[np.ndarray], bytes]
     decode: Callable[[bytes, np.dtype, int], np.ndarray]
 
 
-def _shuffled(words: np.ndarray) -> bytes:
-    """zstandard over the words' first bytes, then their second ones and so on: exponents lie together."""
-    planes = words.view(np.uint8).reshape(-1, words.itemsize).T
-    return zstandard.ZstdCompressor(level=LEVEL).compress(np.ascontiguousarray(planes).tobytes())
+def encode(words: np.ndarray) -> tuple[str, bytes]:
+    """The name and the bytes of the coding that is smallest for a flat array of unsigned words.
+
+    >>> encode(np.zeros(1000, np.uint32))[0]
+    'gaps'
+    """
+    share = np.count_nonzero(_alive(words)) / max(1, words.size)
+    names = [name for name in CODINGS if (share >= 0.5 if name == "dense" else share < 0.9)]
+    return min(((name, CODINGS[name].encode(words)) for name in names), key=lambda made: len(made[1]))
 
 
-def _unshuffled(data: bytes, dtype: np.dtype, count: int) -> np.ndarray:
-    size = count * dtype.itemsize
-    raw = _unzipped(data, size)
-    planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, count)
-    return np.ascontiguousarray(planes.T).reshape(-1).view(dtype)
+# -- dense: all words, by bytes of one significance ------------------------------------------------
+
+
+def _zipped(data: bytes) -> bytes:
+    fast = zstandard.ZstdCompressor(level=FAST).compress(data)
+    if len(data) > _LONG and len(fast) > _WORTH * len(data):
+        return fast
+    return min(fast, zstandard.ZstdCompressor(level=THOROUGH).compress(data), key=len)
 
 
 def _unzipped(data: bytes, size: int) -> bytes:
     """Exactly `size` bytes. The frame's own claim is not believed, so it cannot ask for more memory than that."""
     try:
-        raw = zstandard.ZstdDecompressor().decompressobj().decompress(data) if size == 0 else _bounded(data, size)
+        with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(data) as stream:
+            raw = stream.read(size + 1)
     except zstandard.ZstdError as error:
         raise ValueError(f"damaged zstandard data: {error}") from None
     if len(raw) != size:
@@ -47,83 +67,115 @@ def _unzipped(data: bytes, size: int) -> bytes:
     return raw
 
 
-def _bounded(data: bytes, size: int) -> bytes:
-    with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(data) as stream:
-        return stream.read(size + 1)
+def _dense(words: np.ndarray) -> bytes:
+    """The words' first bytes, then their second ones and so on: exponents lie together."""
+    planes = words.view(np.uint8).reshape(-1, words.itemsize).T
+    return _zipped(np.ascontiguousarray(planes).tobytes())
 
 
-def _sparse(words: np.ndarray) -> bytes:
-    """Which words are not zero, entropy-coded, and after it those that are not, shuffled."""
-    alive = words != 0
-    values = _shuffled(words[alive])
-    share = float(alive.mean()) if alive.size else 0.0
-    quantised = int(np.clip(round(share * 65535), 1, 65534))
+def _from_dense(data: bytes, dtype: np.dtype, count: int) -> np.ndarray:
+    raw = _unzipped(data, count * dtype.itemsize)
+    planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, count)
+    return np.ascontiguousarray(planes.T).reshape(-1).view(dtype)
+
+
+# -- sparse: which words are alive, the signs of the others, the words that are alive ---------------
+
+
+def _alive(words: np.ndarray) -> np.ndarray:
+    return (words & ~_sign(words.dtype)) != 0
+
+
+def _sign(dtype: np.dtype) -> np.unsignedinteger:
+    """The word of which only the highest bit is set: a float's minus zero."""
+    return dtype.type(1 << (8 * dtype.itemsize - 1))
+
+
+def _sparse(
+    encode_positions: Callable[[np.ndarray], bytes], decode_positions: Callable[[bytes, int, int], np.ndarray]
+) -> Coding:
+    """The coding with these positions: ``encode(alive)``, and ``decode(data, count, living)`` back to `alive`."""
+
+    def encoded(words: np.ndarray) -> bytes:
+        alive = _alive(words)
+        signs = words[~alive] != 0
+        parts = [encode_positions(alive), _zipped(np.packbits(signs).tobytes()) if signs.any() else b""]
+        head = np.array([int(alive.sum()), *map(len, parts)], "<u8").tobytes()
+        return head + b"".join(parts) + _dense(words[alive])
+
+    def decoded(data: bytes, dtype: np.dtype, count: int) -> np.ndarray:
+        if len(data) < 24:
+            raise ValueError("too short for a sparse tensor")
+        living, first, second = (int(n) for n in np.frombuffer(data[:24], "<u8"))
+        if living > count or 24 + first + second > len(data):
+            raise ValueError("the header of a sparse tensor cannot be")
+        positions, signs, values = data[24 : 24 + first], data[24 + first : 24 + first + second], 24 + first + second
+        alive = decode_positions(positions, count, living)
+        if int(alive.sum()) != living:
+            raise ValueError("a sparse tensor's positions and values do not agree")
+        out = np.zeros(count, dtype)
+        if signs:
+            bits = np.frombuffer(_unzipped(signs, -(-(count - living) // 8)), np.uint8)
+            out[~alive] = np.unpackbits(bits, count=count - living) * _sign(dtype)
+        out[alive] = _from_dense(data[values:], dtype, living)
+        return out
+
+    return Coding(encoded, decoded)
+
+
+def _bitmap(alive: np.ndarray) -> bytes:
+    """One bit a word, range-coded with the share of those that are alive: H(share) bits each, the best if they are
+    independent."""
+    steps = int(np.clip(round(float(alive.mean()) * _STEPS), 1, _STEPS - 1)) if alive.size else 1
     coder = constriction.stream.queue.RangeEncoder()
-    coder.encode(alive.astype(np.int32), _positions(quantised))
-    bitmap = coder.get_compressed().astype("<u4").tobytes()
-    head = np.array([int(alive.sum()), quantised, len(bitmap)], "<u8").tobytes()
-    return head + bitmap + values
+    coder.encode(alive.astype(np.int32), _model(steps))
+    return np.array([steps], "<u4").tobytes() + coder.get_compressed().astype("<u4").tobytes()
 
 
-def _from_sparse(data: bytes, dtype: np.dtype, count: int) -> np.ndarray:
-    if len(data) < 24:
-        raise ValueError("too short for a sparse tensor")
-    living, quantised, length = (int(n) for n in np.frombuffer(data[:24], "<u8"))
-    if living > count or not 1 <= quantised <= 65534 or length % 4 or length > len(data) - 24:
-        raise ValueError("the header of a sparse tensor cannot be")
-    words = np.frombuffer(data[24 : 24 + length], "<u4").astype(np.uint32)
-    decoder = constriction.stream.queue.RangeDecoder(words)
-    alive = decoder.decode(_positions(quantised), count).astype(bool)
-    if int(alive.sum()) != living:
-        raise ValueError("a sparse tensor's positions and values do not agree")
-    out = np.zeros(count, dtype)
-    out[alive] = _unshuffled(data[24 + length :], dtype, living)
-    return out
+def _from_bitmap(data: bytes, count: int, living: int) -> np.ndarray:
+    if len(data) < 4 or len(data) % 4:
+        raise ValueError("a bitmap of an impossible size")
+    steps, *_ = words = np.frombuffer(data, "<u4").astype(np.uint32)
+    if not 1 <= steps < _STEPS:
+        raise ValueError("a bitmap of an impossible share")
+    try:
+        decoder = constriction.stream.queue.RangeDecoder(words[1:])
+        return decoder.decode(_model(int(steps)), count).astype(bool)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"damaged bitmap: {error}") from None
 
 
-def _positions(quantised: int) -> constriction.stream.model.Bernoulli:
-    """The model of positions: each word is alive with the same probability, `quantised` of 65535."""
-    return constriction.stream.model.Bernoulli(quantised / 65535, perfect=False)
+def _model(steps: int) -> constriction.stream.model.Bernoulli:
+    return constriction.stream.model.Bernoulli(steps / _STEPS, perfect=False)
 
 
-def _gaps(words: np.ndarray) -> bytes:
-    """The distances between words that are not zero, as bytes (255: go on), zipped; then the words."""
-    where = np.flatnonzero(words)
-    gaps = np.diff(where, prepend=-1) - 1
+def _gaps(alive: np.ndarray) -> bytes:
+    """The distances between words that are alive, as bytes (255: go on), zipped: rows that repeat cost little."""
+    gaps = np.diff(np.flatnonzero(alive), prepend=-1) - 1
     counts = gaps // 255 + 1
     stream = np.full(int(counts.sum()), 255, np.uint8)
     stream[np.cumsum(counts) - 1] = gaps % 255
-    packed = zstandard.ZstdCompressor(level=LEVEL).compress(stream.tobytes())
-    head = np.array([len(where), len(stream), len(packed)], "<u8").tobytes()
-    return head + packed + _shuffled(words[where])
+    return np.array([len(stream)], "<u8").tobytes() + _zipped(stream.tobytes())
 
 
-def _from_gaps(data: bytes, dtype: np.dtype, count: int) -> np.ndarray:
-    if len(data) < 24:
-        raise ValueError("too short for a sparse tensor")
-    living, size, length = (int(n) for n in np.frombuffer(data[:24], "<u8"))
-    if living > count or size > count + living or length > len(data) - 24:
-        raise ValueError("the header of a sparse tensor cannot be")
-    stream = np.frombuffer(_unzipped(data[24 : 24 + length], size), np.uint8)
+def _from_gaps(data: bytes, count: int, living: int) -> np.ndarray:
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or size > count // 255 + living:
+        raise ValueError("gaps of an impossible size")
+    stream = np.frombuffer(_unzipped(data[8:], size), np.uint8)
     ends = np.flatnonzero(stream != 255)
     if len(ends) != living or (size and stream[-1] == 255):
         raise ValueError("a sparse tensor's gaps and values do not agree")
-    where = (np.cumsum(stream.astype(np.int64))[ends] + np.arange(living)) if living else np.zeros(0, np.int64)
+    where = np.cumsum(stream, dtype=np.int64)[ends] + np.arange(living)
     if living and where[-1] >= count:
         raise ValueError("a sparse tensor's gaps lead past its end")
-    out = np.zeros(count, dtype)
-    out[where] = _unshuffled(data[24 + length :], dtype, living)
-    return out
+    alive = np.zeros(count, bool)
+    alive[where] = True
+    return alive
 
 
 CODINGS: dict[str, Coding] = {
-    "dense": Coding(_shuffled, _unshuffled),
-    "sparse": Coding(_sparse, _from_sparse),
-    "gaps": Coding(_gaps, _from_gaps),
+    "dense": Coding(_dense, _from_dense),
+    "sparse": _sparse(_bitmap, _from_bitmap),
+    "gaps": _sparse(_gaps, _from_gaps),
 }
-
-
-def encode(words: np.ndarray) -> tuple[str, bytes]:
-    """The name and the bytes of the coding that is smallest for a flat array of unsigned words."""
-    names = list(CODINGS) if np.count_nonzero(words) < 0.9 * words.size else ["dense"]
-    return min(((name, CODINGS[name].encode(words)) for name in names), key=lambda made: len(made[1]))

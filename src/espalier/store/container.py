@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espalier.errors import EspalierError, FileFormatError
+from espalier.errors import EspalierError, FileFormatError, ShapeError
 from espalier.graph import ExampleInputs, Graph, capture
-from espalier.graph.serial import DTYPES, from_json, to_json
+from espalier.graph.serial import DTYPES, LARGEST, MOST_RANK, from_json, to_json
 from espalier.runtime import Executable, compile
 from espalier.store.coding import CODINGS, encode
+from espalier.store.soundness import check_sound
+from espalier.store.writing import write_whole
 
-MAGIC, VERSION = b"ESPALIER", 1
+MAGIC, VERSION = b"ESPALIER", 2
 _HEAD = len(MAGIC) + 8 + 32
-_LARGEST = 2**36  # bytes that one tensor may unpack to
+# Bytes that all tensors together may unpack to: so many for any file, and so many times its size for a large one.
+_UNPACKED, _EXPANSION = 2**30, 1000
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,16 @@ def save(
 ) -> None:
     """Write what `model` computes in eval mode, with its weights, to one ``.esp`` file; whole or not at all.
 
-    metadata: plain JSON values to go along. Raises CaptureError for a network that cannot be captured, FileFormatError
-    for one with a tensor that cannot be stored or a disk that is full; the file that was there stays then.
+    example_inputs: what to capture a module with; a graph needs none. metadata: plain JSON values to go along.
+
+    Raises CaptureError for a network that cannot be captured, FileFormatError for a tensor or metadata that cannot be
+    stored, a path that cannot be written or a disk that is full; the file that was there stays whole then.
+
+    >>> es.save(model, torch.randn(1, 3, 224, 224), "model.esp", metadata={"top1": 0.761})
     """
     if not isinstance(model, Graph):
-        assert example_inputs is not None, "a module needs example inputs"
+        if example_inputs is None:
+            raise ShapeError("save needs example inputs for a module: save(model, torch.randn(1, 3, 224, 224), path)")
         model = capture(model, example_inputs)
     sections, rows, place = [], [], 0
     for name, tensor in model.tensors.items():
@@ -75,9 +84,12 @@ def save(
         sections.append(data)
         place += len(data)
     manifest = {"graph": to_json(model), "tensors": rows, "metadata": dict(metadata or {})}
-    text = json.dumps(manifest, separators=(",", ":"), allow_nan=True).encode()
+    try:
+        text = json.dumps(manifest, separators=(",", ":"), allow_nan=True).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise FileFormatError(path, f"cannot be written: not plain JSON values: {error}") from None
     head = MAGIC + VERSION.to_bytes(4, "little") + len(text).to_bytes(4, "little") + hashlib.sha256(text).digest()
-    _write(Path(path), [head, text, *sections])
+    write_whole(path, [head, text, *sections])
 
 
 def load(path: str | Path, *, threads: int | None = None) -> Executable:
@@ -87,47 +99,30 @@ def load(path: str | Path, *, threads: int | None = None) -> Executable:
 
     >>> es.load("model.esp")(torch.randn(1, 3, 224, 224))
     """
-    return compile(load_graph(path), threads=threads)
+    graph = load_graph(path)
+    try:
+        return compile(graph, threads=threads)
+    except EspalierError:
+        raise  # of this machine, not of the file
+    except Exception as error:  # an attribute that the op can do without, but not the compiler
+        raise FileFormatError(path, f"its graph cannot be compiled: {type(error).__name__}: {error}") from error
 
 
 def load_graph(path: str | Path) -> Graph:
-    """The graph of a file. Raises FileFormatError."""
-    manifest, body = _read(path)
-    tensors: dict[str, Tensor] = {}
-    for row in manifest["tensors"]:
-        try:
-            name, tensor = _unpacked(row, body)
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            raise FileFormatError(path, f"tensor {_name(row)} is damaged: {error}") from None
-        if name in tensors:
-            raise FileFormatError(path, f"tensor {name!r} stands twice in it")
-        tensors[name] = tensor
-    try:
-        graph = from_json(manifest["graph"], tensors)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FileFormatError(path, f"its graph cannot be: {error}") from None
-    for name in graph.parameters:
-        if graph.tensors[name].is_floating_point():
-            graph.tensors[name].requires_grad_(True)
-    return graph
+    """The graph of a file, without compiling it. Raises FileFormatError."""
+    return _graph(path, *_read(path))
 
 
 def info(path: str | Path) -> FileInfo:
     """What a file holds, tensor by tensor, without running anything. Raises FileFormatError."""
-    manifest, _ = _read(path)
-    graph = load_graph(path)
-    rows = tuple(
-        TensorInfo(
-            row["name"],
-            tuple(row["shape"]),
-            row["dtype"],
-            float(graph.tensors[row["name"]].count_nonzero()) / max(1, graph.tensors[row["name"]].numel()),
-            row["coding"],
-            row["size"],
-        )
-        for row in manifest["tensors"]
-    )
-    return FileInfo(Path(path).stat().st_size, VERSION, rows, manifest["metadata"])
+    manifest, body = _read(path)
+    tensors = _graph(path, manifest, body).tensors
+    rows = []
+    for row in manifest["tensors"]:
+        tensor = tensors[row["name"]]
+        density = float(tensor.count_nonzero()) / max(1, tensor.numel())
+        rows.append(TensorInfo(row["name"], tuple(tensor.shape), row["dtype"], density, row["coding"], row["size"]))
+    return FileInfo(Path(path).stat().st_size, VERSION, tuple(rows), manifest["metadata"])
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -138,7 +133,7 @@ def _packed(name: str, tensor: Tensor, path: str | Path) -> tuple[dict[str, Any]
     if dtype not in DTYPES:
         raise FileFormatError(path, f"tensor {name} of dtype {dtype} cannot be stored; there are {', '.join(DTYPES)}")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    words = flat.view(torch.uint8).numpy().view(f"<u{tensor.element_size()}")
+    words = flat.view(torch.uint8).numpy().view(f"<u{tensor.element_size()}") if flat.numel() else np.zeros(0, "<u1")
     coding, data = encode(words)
     digest = hashlib.sha256(data).hexdigest()
     row = {
@@ -152,43 +147,26 @@ def _packed(name: str, tensor: Tensor, path: str | Path) -> tuple[dict[str, Any]
     return row, data
 
 
-def _write(path: Path, parts: list[bytes]) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as stream:
-            for data in parts:
-                stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise FileFormatError(
-            path, f"cannot be written: {error.strerror or error}. What was there before is whole"
-        ) from error
-    except BaseException:  # Ctrl-C: leave nothing half behind
-        part.unlink(missing_ok=True)
-        raise
-
-
 # -- reading ---------------------------------------------------------------------------------------
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], memoryview]:
     """The manifest, checked as a whole, and the sections."""
     try:
-        data = Path(path).read_bytes()
+        with open(path, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise FileFormatError(path, "cannot be read: it is no ordinary file")
+            data = stream.read()
     except OSError as error:
-        raise FileFormatError(path, f"cannot be read: {error.strerror}") from None
+        raise FileFormatError(path, f"cannot be read: {error.strerror or error}") from None
     if data[: len(MAGIC)] != MAGIC:
         raise FileFormatError(path, "is no .esp file")
     if len(data) < _HEAD:
         raise FileFormatError(path, f"is cut off: {len(data)} bytes are not even a header")
     version, length = (int.from_bytes(data[at : at + 4], "little") for at in (8, 12))
     if version != VERSION:
-        raise FileFormatError(
-            path, f"has format version {version}, this espalier reads {VERSION}: use a matching release"
-        )
+        remedy = "upgrade espalier" if version > VERSION else "save it again with this espalier"
+        raise FileFormatError(path, f"has format version {version}, this espalier reads version {VERSION}: {remedy}")
     text = data[_HEAD : _HEAD + length]
     if len(text) != length:
         raise FileFormatError(path, f"is cut off: its manifest should have {length} bytes, {len(text)} are there")
@@ -235,11 +213,36 @@ def _name(row: Any) -> str:
     return repr(row.get("name"))[:80] if isinstance(row, dict) else "?"
 
 
-def _unpacked(row: dict[str, Any], body: memoryview) -> tuple[str, Tensor]:
+def _graph(path: str | Path, manifest: dict[str, Any], body: memoryview) -> Graph:
+    """The graph of a manifest with its tensors, everything about them checked."""
+    tensors: dict[str, Tensor] = {}
+    room = max(_UNPACKED, _EXPANSION * len(body))
+    for row in manifest["tensors"]:
+        try:
+            name, tensor = _unpacked(row, body, room)
+        except (ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
+            raise FileFormatError(path, f"tensor {_name(row)} is damaged: {error}") from None
+        if name in tensors:
+            raise FileFormatError(path, f"tensor {name!r} stands twice in it")
+        tensors[name] = tensor
+        room -= tensor.numel() * tensor.element_size()
+    try:
+        graph = from_json(manifest["graph"], tensors)
+        check_sound(graph)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FileFormatError(path, f"its graph cannot be: {error}") from None
+    for name in graph.parameters:
+        if graph.tensors[name].is_floating_point():
+            graph.tensors[name].requires_grad_(True)
+    return graph
+
+
+def _unpacked(row: dict[str, Any], body: memoryview, room: int) -> tuple[str, Tensor]:
+    """Name and tensor of a row, which may take up to `room` bytes."""
     name, shape = row["name"], row["shape"]
-    if not isinstance(name, str) or not isinstance(shape, list) or len(shape) > 8:
+    if not isinstance(name, str) or not isinstance(shape, list) or len(shape) > MOST_RANK:
         raise ValueError("no name or shape")
-    if any(type(size) is not int or not 0 <= size < 2**40 for size in shape):
+    if any(type(size) is not int or not 0 <= size < LARGEST for size in shape):
         raise ValueError(f"shape {shape!r:.80} cannot be")
     if row["dtype"] not in DTYPES or row["coding"] not in CODINGS:
         raise ValueError(f"dtype {row['dtype']!r:.40} or coding {row['coding']!r:.40} is unknown")
@@ -248,11 +251,11 @@ def _unpacked(row: dict[str, Any], body: memoryview) -> tuple[str, Tensor]:
         raise ValueError("its checksum is wrong")
     dtype = DTYPES[row["dtype"]]
     item, count = torch.empty(0, dtype=dtype).element_size(), math.prod(shape)
-    if count * item > _LARGEST:
-        raise ValueError(f"{count} entries are more than is read")
-    try:
-        words = CODINGS[row["coding"]].decode(data, np.dtype(f"<u{item}"), count)
-    except (EspalierError, AssertionError, RuntimeError, MemoryError) as error:
-        raise ValueError(str(error)) from None
-    tensor = torch.from_numpy(words.view(np.uint8).copy()).view(dtype).reshape(shape)
-    return name, tensor
+    if count * item > room:
+        raise ValueError(f"{count * item} bytes are more than a file of this size may unpack to")
+    words = CODINGS[row["coding"]].decode(data, np.dtype(f"<u{item}"), count)
+    if dtype == torch.bool and words.max(initial=0) > 1:
+        raise ValueError("truth values other than 0 and 1")
+    if count == 0:
+        return name, torch.empty(shape, dtype=dtype)
+    return name, torch.from_numpy(words.view(np.uint8).copy()).view(dtype).reshape(shape)
