@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -69,10 +70,10 @@ def _export(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor
     wide_args, wide_kwargs = tuple(widen(x) for x in args), {k: widen(x) for k, x in kwargs.items()}
     shapes = (*[free(x) for x in args], *[free(x) for x in kwargs.values()])
     names = dict(zip(kwargs, shapes[len(args) :]))
+    spread = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
+    free_shapes = names if kwargs else (tuple(shapes),) if spread else tuple(shapes)
     try:
-        return torch.export.export(
-            model, wide_args, wide_kwargs, dynamic_shapes=names if kwargs else tuple(shapes), strict=False
-        )
+        return torch.export.export(model, wide_args, wide_kwargs, dynamic_shapes=free_shapes, strict=False)
     except Exception:  # any reason: then without a free batch
         try:
             return torch.export.export(model, args, kwargs, strict=False)
