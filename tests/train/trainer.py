@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ RECIPE = Recipe(epochs=4, batch_size=16, lr=0.05, warmup_epochs=1.0, label_smoot
 class Drifting:
     """Hooks with a state of their own, that draw random numbers of all three kinds."""
 
+    pause_s = 0.0  # in a step
+
     def __init__(self, weight: nn.Parameter) -> None:
         self.weight, self.target, self.count = weight, torch.zeros_like(weight), 0
 
@@ -27,6 +30,7 @@ class Drifting:
 
     def step(self) -> None:
         self.count += 1
+        time.sleep(self.pause_s)
         noise = torch.rand(()) * float(np.random.rand()) * random.random()
         with torch.no_grad():
             self.target.lerp_(self.weight, 0.1 * float(noise))
@@ -73,5 +77,6 @@ def train(checkpoint: Path | None, recipe: Recipe = RECIPE, **options: Any) -> d
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    Drifting.pause_s = 0.005  # so that there is time to kill it, on any machine
     made = train(Path(sys.argv[1]), save_every_s=float(sys.argv[3]))
     torch.save(made, sys.argv[2])
