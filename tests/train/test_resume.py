@@ -91,6 +91,19 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not differing(train(path), whole)
 
 
+@pytest.mark.parametrize("epoch", [2, RECIPE.epochs])
+def test_ctrl_c_between_two_epochs_is_heard(epoch: int, tmp_path: Path, whole: dict[str, Any]) -> None:
+    def press(row: Any) -> None:
+        if row.epoch == epoch:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run.pt", on_epoch=press)
+    state = read_checkpoint(tmp_path / "run.pt")
+    assert (state["epoch"], state["batch"]) == (epoch, 0)
+    assert not differing(train(tmp_path / "run.pt"), whole)
+
+
 def test_a_finished_run_is_not_run_again(tmp_path: Path, whole: dict[str, Any]) -> None:
     path = tmp_path / "run.pt"
     assert not differing(train(path), whole)

@@ -151,11 +151,13 @@ def fit(
                 told.epoch(row.epoch, row.loss, row.holdout_accuracy, row.seconds)
                 if on_epoch is not None:
                     on_epoch(row)
+                if interrupts.asked:  # while the epoch was scored; it is saved
+                    raise KeyboardInterrupt
         return run.history
 
 
 class _Fit:
-    """Training under way. What is needed to go on is in `state()` and nowhere else."""
+    """Training under way. What is needed to go on is what `save` writes, and nothing else."""
 
     def __init__(
         self,
