@@ -60,7 +60,7 @@ def _constant(graph: Graph, node: Node, tensors: dict[str, Tensor]) -> dict[str,
     outputs = [graph.values[name] for name in node.outputs]
     if not names or any(name not in tensors for name in names):
         return None
-    if node.op == OPAQUE and torch.Tag.nondeterministic_seeded in resolve(node.target).tags:
+    if node.op == OPAQUE and torch.Tag.nondeterministic_seeded in resolve(node.target).tags:  # type: ignore[attr-defined]
         return None
     if any(v.batched or v.name in graph.outputs for v in outputs):
         return None

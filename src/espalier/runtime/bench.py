@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 
 import numpy as np
 import torch
 
 from espalier.runtime.engine import isa
 
+PACKAGES = ("torch", "numpy", "onnxruntime", "openvino")  # whose versions stand beside a measurement
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: median and quartiles over the rounds."""
+    """Milliseconds of one call: median and quartiles over the rounds.
+
+    cores: how many processor cores were busy meanwhile, on average: what a claim about threads can be checked with.
+    """
 
     median_ms: float
     low_ms: float
     high_ms: float
     rounds: int
+    cores: float = float("nan")
 
     @property
     def spread_ms(self) -> float:
@@ -34,51 +42,83 @@ def bench(
 ) -> dict[str, Timing]:
     """Time every candidate, one after the other, `rounds` times over.
 
-    In each round a candidate is called as often as fills `seconds` (at least once); the mean of those calls is one
-    measurement. Returns a Timing for each name.
+    In each round a candidate is called once without being timed, which brings its data into the caches and lets the
+    threads of the one before it fall asleep, and then as often as fills `seconds` (at least once); the mean of those
+    calls is one measurement. The order changes from round to round. Returns a Timing for each name, in the order given.
+    Raises ValueError for less than one round.
 
     >>> bench({"sleep": lambda: time.sleep(0.001)}, rounds=3)["sleep"].median_ms > 1
     True
     """
-    calls: dict[str, int] = {}
-    for name, call in candidates.items():
-        for _ in range(warm_up):
-            call()
-        start = time.perf_counter()
-        call()
-        calls[name] = max(1, int(seconds / max(1e-7, time.perf_counter() - start)))
-    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    if rounds < 1 or seconds < 0 or warm_up < 0:
+        raise ValueError(f"impossible: {rounds} rounds of {seconds} seconds after {warm_up} calls to warm up")
+    calls = {name: _calls(call, seconds, warm_up) for name, call in candidates.items()}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
+    order, rng = list(candidates), random.Random(0)
     for _ in range(rounds):
-        for name, call in candidates.items():
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                call()
-            taken[name].append((time.perf_counter() - start) / calls[name] * 1e3)
-    return {name: _timing(times) for name, times in taken.items()}
+        rng.shuffle(order)
+        for name in order:
+            taken[name].append(_measured(candidates[name], calls[name]))
+    return {name: _timing(measured) for name, measured in taken.items()}
 
 
-def _timing(times: list[float]) -> Timing:
-    low, median, high = np.percentile(times, [25, 50, 75])
-    return Timing(float(median), float(low), float(high), len(times))
+def _calls(call: Callable[[], object], seconds: float, warm_up: int) -> int:
+    """How many calls fill `seconds`."""
+    for _ in range(warm_up):
+        call()
+    start = time.perf_counter()
+    call()
+    return max(1, int(seconds / max(1e-7, time.perf_counter() - start)))
+
+
+def _measured(call: Callable[[], object], calls: int) -> tuple[float, float]:
+    """Wall-clock and processor seconds of one call."""
+    call()
+    start, busy = time.perf_counter(), time.process_time()
+    for _ in range(calls):
+        call()
+    wall, busy = time.perf_counter() - start, time.process_time() - busy
+    return wall / calls, busy / calls
+
+
+def _timing(measured: list[tuple[float, float]]) -> Timing:
+    wall, busy = np.array(measured).T
+    low, median, high = np.percentile(wall * 1e3, [25, 50, 75])
+    return Timing(float(median), float(low), float(high), len(measured), float(busy.sum() / max(1e-9, wall.sum())))
 
 
 def machine() -> dict[str, str | int]:
-    """Facts that a measurement needs beside it: processor, cores, instruction set, versions. No names of hosts."""
+    """Facts that a measurement needs beside it: processor, cores, instruction set, versions. No names of hosts.
+
+    >>> machine()["isa"]
+    'avx512'
+    """
     return {
         "cpu": _processor(),
         "cores": os.cpu_count() or 1,
         "isa": isa(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        **{name: version for name in PACKAGES if (version := _version(name))},
     }
 
 
+def _version(package: str) -> str:
+    """Of an installed package; "" where it is not installed. Torch says more itself: how it was built."""
+    if package == "torch":
+        return torch.__version__
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
 def _processor() -> str:
+    """The processor's name with its family and model, since virtual machines often hide the name's number."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     except OSError:
-        return platform.processor() or "unknown"
-    model = f"family {found['cpu family']} model {found['model']}" if "cpu family" in found else ""
-    return f"{found.get('model name', platform.machine())} ({model})" if model else platform.machine()
+        return platform.processor() or platform.machine()
+    name = found.get("model name", platform.machine())
+    return f"{name} (family {found['cpu family']} model {found['model']})" if "cpu family" in found else name

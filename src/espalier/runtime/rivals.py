@@ -1,8 +1,11 @@
-"""Rivals: other engines on the same network, each at its best settings, to be measured beside ours."""
+"""Rivals: other engines on the same network, each at its best settings, to be measured beside ours.
+
+A row of RIVALS makes a call from a module, an example input and a number of threads; the call runs the module on the
+example and gives its (first) output, a tensor or an array that the next call may overwrite.
+"""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +18,10 @@ try:  # an optional extra
     import onnxruntime
 except ImportError:
     onnxruntime = None
+try:  # an optional extra, without which torch.onnx cannot export
+    import onnxscript
+except ImportError:
+    onnxscript = None  # type: ignore[assignment]
 try:  # an optional extra
     import openvino
 except ImportError:
@@ -27,6 +34,8 @@ def rival(name: str) -> Rival:
     """How to make a rival: ``rival("onnxruntime")(module, example, threads)`` gives a call to be timed.
 
     Raises UnknownNameError; making one raises MissingExtraError when its package is not installed.
+
+    >>> bench({name: rival(name)(module, example, threads=4) for name in ("onnxruntime", "openvino")})
     """
     if name not in RIVALS:
         raise UnknownNameError("rival", name, RIVALS)
@@ -34,65 +43,77 @@ def rival(name: str) -> Rival:
 
 
 def _torch(module: nn.Module, example: Tensor, threads: int) -> Callable[[], object]:
-    """PyTorch as it is; threads are those of the process (torch.set_num_threads)."""
-    torch.set_num_threads(threads)
+    """PyTorch as it is."""
+    return _in_torch(module.eval(), example, threads)
 
+
+def _torch_compile(module: nn.Module, example: Tensor, threads: int) -> Callable[[], object]:
+    """torch.compile with its inductor backend: static shapes, weights frozen and packed, kernels of C++."""
+    compiled = torch.compile(module.eval(), dynamic=False, options={"freezing": True})
+    call = _in_torch(compiled, example, threads)
+    call()  # compiles
+    return call
+
+
+def _in_torch(module: Callable[[Tensor], object], example: Tensor, threads: int) -> Callable[[], object]:
     def call() -> object:
+        if torch.get_num_threads() != threads:  # a setting of the process, which others may have changed
+            torch.set_num_threads(threads)
         with torch.inference_mode():
             return module(example)
 
     return call
 
 
-def _torch_compile(module: nn.Module, example: Tensor, threads: int) -> Callable[[], object]:
-    """torch.compile with its inductor backend, weights frozen."""
-    torch.set_num_threads(threads)
-    compiled = torch.compile(module, options={"freezing": True})
-
-    def call() -> object:
-        with torch.inference_mode():
-            return compiled(example)
-
-    call()
-    return call
-
-
 def _onnx(module: nn.Module, example: Tensor) -> bytes:
     """The module as ONNX bytes."""
-    try:
-        import onnxscript  # noqa: F401 (the exporter needs it, and says so less clearly)
-    except ImportError:
-        raise MissingExtraError("onnxscript", "rivals") from None
-    stream = io.BytesIO()
-    program = torch.onnx.export(module, (example,), dynamo=True, verbose=False)
+    if onnxscript is None:
+        raise MissingExtraError("onnxscript", "rivals")
+    program = torch.onnx.export(module.eval(), (example,), dynamo=True, verbose=False)
     assert program is not None
-    stream.write(program.model_proto.SerializeToString())
-    return stream.getvalue()
+    return program.model_proto.SerializeToString()
 
 
 def _onnxruntime(module: nn.Module, example: Tensor, threads: int) -> Callable[[], object]:
-    """ONNX Runtime on the CPU, all graph optimisations, inputs and outputs bound in place."""
+    """ONNX Runtime on the CPU: all graph optimisations, input and outputs bound, so that a run copies nothing.
+
+    Its threads stop spinning when a run is over, so that they do not slow down what is measured next.
+    """
     if onnxruntime is None:
         raise MissingExtraError("onnxruntime", "rivals")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(_onnx(module, example), options, providers=["CPUExecutionProvider"])
-    name, array = session.get_inputs()[0].name, np.ascontiguousarray(example.numpy())
-    return lambda: session.run(None, {name: array})[0]
+    binding = session.io_binding()
+    binding.bind_cpu_input(session.get_inputs()[0].name, np.ascontiguousarray(example.numpy()))
+    session_outputs = [output.name for output in session.get_outputs()]
+    for name in session_outputs:
+        binding.bind_output(name)
+    session.run_with_iobinding(binding)
+    for name, value in zip(session_outputs, binding.get_outputs()):
+        binding.bind_ortvalue_output(name, value)  # the same memory from now on
+
+    def call() -> object:
+        session.run_with_iobinding(binding)
+        return binding.get_outputs()[0].numpy()
+
+    return call
 
 
 def _openvino(module: nn.Module, example: Tensor, threads: int) -> Callable[[], object]:
-    """OpenVINO on the CPU in fp32, with the latency hint."""
+    """OpenVINO on the CPU in fp32, with the latency hint, input and output in shared memory."""
     if openvino is None:
         raise MissingExtraError("openvino", "rivals")
     core = openvino.Core()
     model = core.read_model(_onnx(module, example))
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     request = core.compile_model(model, "CPU", settings).create_infer_request()
-    request.set_input_tensor(openvino.Tensor(np.ascontiguousarray(example.numpy()), shared_memory=True))
+    array = np.ascontiguousarray(example.numpy())
+    request.set_input_tensor(openvino.Tensor(array, shared_memory=True))
 
     def call() -> object:
         request.infer()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from espalier.graph import OPAQUE, Graph, Node
+from espalier.graph import OPAQUE, OPS, Graph, Node
 from espalier.graph.interpret import apply
 
 # What a malformed call of an opaque op raises. Not RuntimeError: PyTorch cannot run each op on shapes alone.
@@ -28,6 +28,17 @@ def check_sound(graph: Graph) -> None:
                 continue
             raise ValueError(f"node {node.name!r:.80} ({node.op}) cannot be run: {_line(error)}") from None
         _compare(node, graph, made)
+        if node.op != OPAQUE and OPS[node.op].channels in ("contract", "norm"):
+            _check_parameters(node, graph)
+
+
+def _check_parameters(node: Node, graph: Graph) -> None:
+    """What runs on shapes alone does not see: one dtype for all, and a bias per output channel."""
+    given = [graph.values[name] for name in node.inputs if name is not None]
+    if len({value.dtype for value in given}) > 1:
+        raise ValueError(f"node {node.name!r:.80} ({node.op}) mixes {', '.join(str(v.dtype) for v in given)}")
+    if node.op in ("conv", "linear") and len(given) == 3 and given[2].shape != given[1].shape[:1]:
+        raise ValueError(f"node {node.name!r:.80} has a bias {given[2].shape} beside a weight {given[1].shape}")
 
 
 def _compare(node: Node, graph: Graph, made: Tensor | tuple[Tensor, ...] | list[Tensor]) -> None:
