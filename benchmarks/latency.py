@@ -48,9 +48,8 @@ def measure(name: str, threads: int, densities: list[float], rivals: list[str], 
     print(f"{name}, {threads} threads")
     for key, timing in timings.items():
         spread = f"{timing.low_ms:.3f} .. {timing.high_ms:.3f}"
-        print(
-            f"  {key:14s} {timing.median_ms:9.3f} ms  ({spread})  {fastest / timing.median_ms:5.2f}x of the fastest rival"
-        )
+        speed = fastest / timing.median_ms
+        print(f"  {key:14s} {timing.median_ms:9.3f} ms  ({spread})  {speed:5.2f}x of the fastest rival")
     return {
         "network": name,
         "threads": threads,

@@ -50,7 +50,7 @@ def template(
     return {"args": plain(args), "kwargs": {key: plain(value) for key, value in kwargs.items()}}
 
 
-def resolve(target: str) -> Callable[..., Any]:
+def resolve(target: str) -> Any:
     """The ATen overload named `target`. Raises FileFormatError for one that a graph may not call."""
     parts = target.split(".")
     if len(parts) != 3 or parts[0] != "aten" or not all(p.isidentifier() for p in parts):
