@@ -1,5 +1,6 @@
 """Damaged and hostile files, checksums made right again: from `load` comes a network or a FileFormatError, no more."""
 
+import copy
 import hashlib
 import json
 import random
@@ -106,11 +107,11 @@ def any_place(rng: random.Random, manifest: Any, body: bytearray) -> None:
     if kind < 0.2:
         del tree[key]
     elif kind < 0.4:
-        tree[key] = tree[rng.choice(list(tree) if isinstance(tree, dict) else list(range(len(tree))))]
+        tree[key] = copy.deepcopy(tree[rng.choice(list(tree) if isinstance(tree, dict) else list(range(len(tree))))])
     elif kind < 0.6 and type(tree[key]) in (int, float):
         tree[key] += rng.choice([-1, 1])
     else:
-        tree[key] = rng.choice(ODD)
+        tree[key] = copy.deepcopy(rng.choice(ODD))
 
 
 def any_node(rng: random.Random, manifest: Any, body: bytearray) -> None:
@@ -123,11 +124,11 @@ def any_node(rng: random.Random, manifest: Any, body: bytearray) -> None:
     elif kind == "input" and node["inputs"]:
         node["inputs"][rng.randrange(len(node["inputs"]))] = rng.choice([None, *manifest["graph"]["values"]])
     elif kind == "attr" and node["attrs"]:
-        node["attrs"][rng.choice(list(node["attrs"]))] = rng.choice([*ODD, [2, 2], [0, 0], [-1, 2**40]])
+        node["attrs"][rng.choice(list(node["attrs"]))] = copy.deepcopy(rng.choice([*ODD, [2, 2], [0, 0], [-1, 2**40]]))
     elif kind == "target":
         node["target"] = rng.choice(["aten.from_file.default", "aten.add_.Tensor", "os.system.x", "aten.relu.default"])
     elif kind in ("attrs", "inputs"):
-        node[kind] = other[kind]
+        node[kind] = copy.deepcopy(other[kind])
 
 
 def any_shape(rng: random.Random, manifest: Any, body: bytearray) -> None:
