@@ -197,10 +197,10 @@ class Run:
             weight, frozen = target.weight, self._frozen[target.site]
             if frozen.mask.device != weight.device:
                 frozen = self._frozen[target.site] = _moved(frozen, weight.device)
-            weight.copy_(frozen.apply(weight)) if frozen.ties else weight.mul_(frozen.mask)
+            weight.copy_(frozen.apply(weight)) if frozen.ties else weight.masked_fill_(~frozen.mask, 0)
         for name, keep in self._buried.items():
             tensor = self.graph.tensors[name]
-            tensor.mul_(keep.to(tensor.device))
+            tensor.masked_fill_(~keep.to(tensor.device), 0)
 
 
 def _moved(frozen: Frozen, device: torch.device) -> Frozen:

@@ -45,4 +45,4 @@ class Magnitude(Method):
                 made = at_density(target.scheme, max(density, target.scheme.density))
                 state[target.site] = made.mask(target.weight, target.conv_groups)
             if target.site in state:
-                target.weight.mul_(state[target.site])
+                target.weight.masked_fill_(~state[target.site], 0)

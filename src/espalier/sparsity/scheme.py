@@ -81,7 +81,7 @@ class Frozen:
 
     def apply(self, w: Tensor) -> Tensor:
         """The nearest weight with this support and these ties; shape and dtype of `w`."""
-        w = w * self.mask
+        w = w.masked_fill(~self.mask, 0)  # not a product: that would leave negative zeros
         for tie in self.ties:
             assert self.signs is not None
             signs = self.signs.to(w.dtype) * self.mask
