@@ -15,6 +15,10 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/espalier compress lenet_digits --data digits --density 0.1 --dense-epochs 20 --epochs 60 --recipe.batch_size 32 --seed 0 --out $(OUT) --resume
 
+native: setup  # after editing C: the library where a checkout looks for it
+	$(BIN)/cmake -S . -B build/dev -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake --build build/dev
+
 lint: setup
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/ruff format --check --quiet src tests benchmarks examples
