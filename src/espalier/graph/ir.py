@@ -85,10 +85,12 @@ class Graph:
     """What a network computes: nodes in execution order over named values.
 
     inputs, outputs: names of values, flat.
-    output_tree: how the outputs are handed back: an index into `outputs`, or lists and dicts of such.
+    output_tree: how the outputs are handed back: an index into `outputs`, or None, or lists and dicts of such.
     tensors: every parameter, buffer and constant by name (shared with the captured module, not copied).
     parameters: the names in `tensors` that are trainable parameters.
     aliases: other names under which the module knows a tensor (tied weights) -> name in `tensors`.
+    constants: the names in `tensors` that are not in the module's state_dict (numbers in the code, buffers that are
+        not kept).
     """
 
     inputs: tuple[str, ...]
@@ -99,6 +101,7 @@ class Graph:
     parameters: frozenset[str] = frozenset()
     output_tree: Any = 0
     aliases: Mapping[str, str] = field(default_factory=dict)
+    constants: frozenset[str] = frozenset()
 
     def producer(self) -> dict[str, Node]:
         """value name -> the node that makes it (inputs and tensors have none)."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from espalier.graph.ir import OPAQUE, Graph, Node, Value
-from espalier.graph.opaque import resolve
+from espalier.graph.opaque import check_template, resolve
 from espalier.graph.ops import OPS
 
 DTYPES = {
@@ -31,6 +31,7 @@ def to_json(graph: Graph) -> dict[str, Any]:
         "output_tree": graph.output_tree,
         "parameters": sorted(graph.parameters),
         "aliases": dict(graph.aliases),
+        **({"constants": sorted(graph.constants)} if graph.constants else {}),
         "values": {
             v.name: [list(v.shape), str(v.dtype).removeprefix("torch."), v.batched] for v in graph.values.values()
         },
@@ -72,13 +73,24 @@ def from_json(structure: Any, tensors: Mapping[str, Tensor]) -> Graph:
         raise ValueError(f"{missing[0]!r} is named but not defined")
     parameters = _names(fields.get("parameters"), "parameters")
     aliases = _typed(fields.get("aliases"), dict, "aliases")
-    if not set(parameters) <= set(tensors) or not set(aliases.values()) <= set(tensors):
-        raise ValueError("a parameter or alias names no tensor")
+    constants = _names(fields.get("constants", []), "constants")
+    if not {*parameters, *constants} <= set(tensors) or any(t not in tensors for t in map(str, aliases.values())):
+        raise ValueError("a parameter, constant or alias names no tensor")
+    if set(parameters) & set(constants):
+        raise ValueError("a parameter is called a constant")
     if any(not _dotted(name) for name in (*tensors, *aliases)) or set(aliases) & set(tensors):
         raise ValueError("a tensor's name is not one of dotted words")
     _tree(fields.get("output_tree"), len(outputs), 0)
     return Graph(
-        inputs, outputs, nodes, values, dict(tensors), frozenset(parameters), fields["output_tree"], dict(aliases)
+        inputs=inputs,
+        outputs=outputs,
+        nodes=nodes,
+        values=values,
+        tensors=dict(tensors),
+        parameters=frozenset(parameters),
+        output_tree=fields["output_tree"],
+        aliases=dict(aliases),
+        constants=frozenset(constants),
     )
 
 
@@ -128,6 +140,9 @@ def _node(row: Any, known: set[str], values: Mapping[str, Value]) -> Node:
     target = _typed(fields.get("target", ""), str, f"target of {name!r}")
     if op == OPAQUE:
         resolve(target)
+        check_template(target, attrs, len(inputs))
+    else:
+        OPS[op].check(attrs)
     return Node(name, op, inputs, outputs, attrs, target, _typed(fields.get("place", ""), str, "place"))
 
 
@@ -154,5 +169,5 @@ def _tree(tree: Any, leaves: int, depth: int) -> None:
     elif isinstance(tree, list):
         for item in tree:
             _tree(item, leaves, depth + 1)
-    elif type(tree) is not int or not 0 <= tree < leaves:
+    elif tree is not None and (type(tree) is not int or not 0 <= tree < leaves):
         raise ValueError(f"the outputs name leaf {tree!r} of {leaves}")
