@@ -52,13 +52,17 @@ def bench(
     """
     if rounds < 1 or seconds < 0 or warm_up < 0:
         raise ValueError(f"impossible: {rounds} rounds of {seconds} seconds after {warm_up} calls to warm up")
-    calls = {name: _calls(call, seconds, warm_up) for name, call in candidates.items()}
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
     order, rng = list(candidates), random.Random(0)
-    for _ in range(rounds):
-        rng.shuffle(order)
-        for name in order:
-            taken[name].append(_measured(candidates[name], calls[name]))
+    threads = torch.get_num_threads()
+    try:
+        calls = {name: _calls(call, seconds, warm_up) for name, call in candidates.items()}
+        for _ in range(rounds):
+            rng.shuffle(order)
+            for name in order:
+                taken[name].append(_measured(candidates[name], calls[name]))
+    finally:
+        torch.set_num_threads(threads)  # a candidate may have changed it
     return {name: _timing(measured) for name, measured in taken.items()}
 
 
