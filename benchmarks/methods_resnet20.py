@@ -24,6 +24,7 @@ import torch
 import torch_pruning
 from cells import options, run_cells
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import espalier as es
 from espalier.errors import EspalierError
@@ -147,7 +148,7 @@ def _regularised(model: nn.Module, pruner: Any) -> Callable[[], None]:
     """Before every step of an optimizer the pruner adds to the gradients; returns what ends it."""
     if hasattr(pruner, "update_regularizer"):
         pruner.update_regularizer()
-    handle = torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: pruner.regularize(model))
+    handle = register_optimizer_step_pre_hook(lambda *_: pruner.regularize(model))
     return handle.remove
 
 
