@@ -58,6 +58,18 @@ ESP_INLINE vec gather(const float *p, const int32_t *index)
 #endif
 }
 
+/* lanes 0, 2, 4, ... of a, then of b */
+ESP_INLINE vec even_lanes(vec a, vec b)
+{
+#if ESP_WIDTH == 16
+    return __builtin_shuffle(a, b, (ivec){0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30});
+#elif ESP_WIDTH == 8
+    return __builtin_shuffle(a, b, (ivec){0, 2, 4, 6, 8, 10, 12, 14});
+#else
+    return __builtin_shuffle(a, b, (ivec){0, 2, 4, 6});
+#endif
+}
+
 ESP_INLINE float sum_lanes(vec v)
 {
     float sum = 0;

@@ -4,6 +4,7 @@
 #include <time.h>
 
 #include "dispatch.h"
+#include "pages.h"
 #include "program.h"
 #include "team.h"
 
@@ -13,8 +14,7 @@ struct esp_context {
     const esp_program *program;
     esp_team *team;
     int threads;
-    void *room;   /* as it was allocated */
-    float *arena; /* aligned, with slack behind its end */
+    float *arena; /* with slack behind its end */
     double *step_ms;
     int profile;
     atomic_flag busy;
@@ -88,7 +88,7 @@ void esp_context_free(esp_context *c)
 {
     if (!c) return;
     esp_team_free(c->team);
-    free(c->room);
+    free(c->arena);
     free(c->step_ms);
     free(c);
 }
@@ -107,14 +107,13 @@ int esp_context_create(
     c->threads = threads;
     atomic_flag_clear(&c->busy);
     int64_t floats = workspace_floats(program);
-    c->room = calloc((size_t)floats, sizeof(float)); /* zero: a program never sees what lay there before */
+    c->arena = esp_pages((size_t)floats * sizeof(float)); /* zero: a program never sees what lay there before */
     c->step_ms = calloc((size_t)program->steps_count + 1, sizeof *c->step_ms);
-    if (!c->room || !c->step_ms) {
+    if (!c->arena || !c->step_ms) {
         esp_context_free(c);
         return esp_fail(message, capacity, ESP_NO_MEMORY, "out of memory for a workspace of %lld bytes",
             (long long)floats * 4);
     }
-    c->arena = (float *)(((uintptr_t)c->room + 63) / 64 * 64);
     c->team = esp_team_create(threads);
     if (!c->team) {
         esp_context_free(c);
