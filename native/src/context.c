@@ -14,7 +14,7 @@ struct esp_context {
     esp_team *team;
     int threads;
     void *room;   /* as it was allocated */
-    float *arena; /* aligned, with slack behind its end */
+    float *arena; /* aligned, with slack before and behind */
     double *step_ms;
     int profile;
     atomic_flag busy;
@@ -25,7 +25,7 @@ struct esp_context {
 
 uint32_t esp_version(void) { return ESP_VERSION; }
 
-static int64_t workspace_floats(const esp_program *p) { return p->arena_floats + 2 * ESP_SLACK + 16; }
+static int64_t workspace_floats(const esp_program *p) { return p->arena_floats + 3 * ESP_SLACK + 16; }
 
 int64_t esp_workspace_size(const esp_program *p) { return p ? workspace_floats(p) * 4 : 0; }
 
@@ -114,7 +114,7 @@ int esp_context_create(
         return esp_fail(message, capacity, ESP_NO_MEMORY, "out of memory for a workspace of %lld bytes",
             (long long)floats * 4);
     }
-    c->arena = (float *)(((uintptr_t)c->room + 63) / 64 * 64);
+    c->arena = (float *)(((uintptr_t)c->room + 63) / 64 * 64) + ESP_SLACK;
     c->team = esp_team_create(threads);
     if (!c->team) {
         esp_context_free(c);
