@@ -25,7 +25,8 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile  # a process per core, each with one thread
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not alone"  # a core each
+	$(BIN)/python -m pytest -m alone
 
 clean:
 	rm -rf .venv build out src/espalier/_native
