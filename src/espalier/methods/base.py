@@ -103,6 +103,24 @@ class Run:
             return torch.zeros((), device=device)
         return made
 
+    def add_penalty_gradients(self) -> float:
+        """Add the penalty's gradient to the weights' `.grad`, and return the penalty's value.
+
+        For loops in which nothing can be added to the loss (a Hugging Face Trainer): call it after backward, before
+        the optimizer's step, instead of adding `penalty()`. With a scaler, unscale the gradients first.
+
+        >>> loss.backward(); run.add_penalty_gradients(); optimizer.step(); run.step()  # doctest: +SKIP
+        """
+        with torch.enable_grad():
+            value = self.penalty()
+        weights = [target.weight for target in self.targets if target.weight.requires_grad]
+        if value.requires_grad:
+            for weight, made in zip(weights, torch.autograd.grad(value, weights, allow_unused=True)):
+                if made is not None:
+                    made = made.to(weight.dtype)
+                    weight.grad = made.clone() if weight.grad is None else weight.grad.add_(made)
+        return float(value.detach())
+
     def step(self) -> None:
         """Call it after every optimizer step: it drives the method, and keeps a finished run in its plan."""
         with torch.no_grad():
@@ -111,6 +129,30 @@ class Run:
                 return
             self._progress = Progress(self._progress.step + 1, self._progress.steps)
             self.method.step(self.targets, self._on_device(), self._progress)
+
+    def hold(self, copy: nn.Module) -> None:
+        """Bring a copy of the network (an EMA, a deep copy, a twin for quantisation) into this finished run's support.
+
+        copy: a module whose parameters and buffers have the names that they have in the network; others are left
+        alone. An average of weights from before `finish` needs it; a copy made afterwards only if it is trained.
+        Raises MethodError before `finish`, and for a copy that lacks a weight of the plan.
+
+        >>> run.hold(averaged.module)  # doctest: +SKIP
+        """
+        if not self.finished:
+            raise MethodError("finish() the run before holding a copy to its support")
+        tensors = {**dict(copy.named_parameters(remove_duplicate=False)), **dict(copy.named_buffers())}
+        if missing := [site for site in self._frozen if site not in tensors]:
+            raise MethodError(
+                f"the copy has no {', '.join(missing)}: pass the module itself, such as ema.module for an AveragedModel"
+            )
+        with torch.no_grad():
+            for site, frozen in self._frozen.items():
+                weight = tensors[site]
+                weight.copy_(_moved(frozen, weight.device).apply(weight))
+            for name, keep in self._buried.items():
+                if name in tensors:
+                    tensors[name].masked_fill_(~keep.to(tensors[name].device), 0)
 
     def finish(self) -> None:
         """Bring the weights exactly into the plan and freeze their support.
