@@ -125,6 +125,7 @@ def test_tied_blocks_learn_one_magnitude_with_fixed_signs() -> None:
     assert not turned.any()
 
 
+@pytest.mark.alone
 def test_projecting_a_whole_resnet50_takes_under_half_a_second() -> None:
     shapes, inputs = [(64, 3, 7, 7), (1000, 2048)], 64
     for planes, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
