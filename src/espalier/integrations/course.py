@@ -75,7 +75,7 @@ class Course:
             self.run.finish()
 
     def end(self) -> None:
-        """The training is over: the weights lie in the plan, whatever its length, or the best ones loaded at its end."""
+        """The training is over: the weights lie in the plan, however long it was, whatever was loaded at its end."""
         if self.run.finished:
             self.run.step()
         self.run.finish()

@@ -62,14 +62,12 @@ class PruningCallback(_Base):
         """Start the run, or go on from the checkpoint that the Trainer resumes."""
         if args.fp16 and not args.max_grad_norm:
             raise MethodError(
-                "with fp16 the gradients are unscaled by clipping: set max_grad_norm above 0, or use bf16"
+                "with fp16 it is clipping that unscales gradients: set max_grad_norm above 0, or use bf16"
             )
         if state.global_step:
             file = _folder(args, state) / FILE
             if not file.exists():
-                raise MethodError(
-                    f"{file} is missing: the training was not saved with this callback, or lies elsewhere"
-                )
+                raise MethodError(f"{file} is missing: it was saved without this callback, or lies elsewhere")
             self.course.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         self.course.begin(model, state.max_steps)
 
