@@ -173,18 +173,19 @@ class Run:
         """
         if not self.finished:
             raise MethodError("finish() the run before holding a copy to its support")
-        tensors = {**dict(copy.named_parameters(remove_duplicate=False)), **dict(copy.named_buffers())}
-        if missing := [site for site in self._frozen if site not in tensors]:
+        named = [*copy.named_parameters(remove_duplicate=False), *copy.named_buffers()]
+        tensors = {_plain(name): tensor for name, tensor in named}
+        if missing := [site for site in self._frozen if _plain(site) not in tensors]:
             raise MethodError(
                 f"the copy has no {', '.join(missing)}: pass the module itself, such as ema.module for an AveragedModel"
             )
         with torch.no_grad():
             for site, frozen in self._frozen.items():
-                weight = tensors[site]
+                weight = tensors[_plain(site)]
                 weight.copy_(_moved(frozen, weight.device).apply(weight))
             for name, keep in self._buried.items():
-                if name in tensors:
-                    tensors[name].masked_fill_(~keep.to(tensors[name].device), 0)
+                if (tensor := tensors.get(_plain(name))) is not None:
+                    tensor.masked_fill_(~keep.to(tensor.device), 0)
 
     def finish(self) -> None:
         """Bring the weights exactly into the plan and freeze their support.
@@ -284,6 +285,11 @@ class Run:
         for name, keep in self._buried.items():
             tensor = self.graph.tensors[name]
             tensor.masked_fill_(~keep.to(tensor.device), 0)
+
+
+def _plain(name: str) -> str:
+    """A name as it was before `torch.compile` wrapped the module."""
+    return name.replace("_orig_mod.", "")
 
 
 def _moved(frozen: Frozen, device: torch.device) -> Frozen:
