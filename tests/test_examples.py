@@ -13,6 +13,12 @@ def test_five_lines_bring_espalier_into_a_loop_of_ones_own() -> None:
     assert sum(int(p.count_nonzero()) for p in small.parameters()) < 4500
 
 
+def test_the_same_lines_work_in_a_loop_of_accelerate() -> None:
+    small, accuracy = runpy.run_path(str(ROOT / "examples" / "with_accelerate.py"))["main"](epochs=6)
+    assert accuracy > 0.9
+    assert sum(int(p.count_nonzero()) for p in small.parameters()) < 4500
+
+
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

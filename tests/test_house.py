@@ -19,6 +19,7 @@ ROOMS = [
     "runtime",
     "mapping",
     "train",
+    "integrations",
     "store",
     "report",
     "workspace",

@@ -135,6 +135,24 @@ class Run:
             return torch.zeros((), device=device)
         return made
 
+    def add_penalty_gradients(self) -> float:
+        """Add the penalty's gradient to the weights' `.grad`, and return the penalty's value.
+
+        For loops in which nothing can be added to the loss (a Hugging Face Trainer): call it after backward, before
+        the optimizer's step, instead of adding `penalty()`. With a scaler, unscale the gradients first.
+
+        >>> loss.backward(); run.add_penalty_gradients(); optimizer.step(); run.step()  # doctest: +SKIP
+        """
+        with torch.enable_grad():
+            value = self.penalty()
+        weights = [target.weight for target in self.targets if target.weight.requires_grad]
+        if value.requires_grad:
+            for weight, made in zip(weights, torch.autograd.grad(value, weights, allow_unused=True)):
+                if made is not None:
+                    made = made.to(weight.dtype)
+                    weight.grad = made.clone() if weight.grad is None else weight.grad.add_(made)
+        return float(value.detach())
+
     def step(self) -> None:
         """Call it after every optimizer step: it drives the method, and keeps a finished run in its plan."""
         with torch.no_grad():
@@ -143,6 +161,31 @@ class Run:
                 return
             self._progress = Progress(self._progress.step + 1, self._progress.steps)
             self.method.step(self.targets, self._on_device(), self._progress)
+
+    def hold(self, copy: nn.Module) -> None:
+        """Bring a copy of the network (an EMA, a deep copy, a twin for quantisation) into this finished run's support.
+
+        copy: a module whose parameters and buffers have the names that they have in the network; others are left
+        alone. An average of weights from before `finish` needs it; a copy made afterwards only if it is trained.
+        Raises MethodError before `finish`, and for a copy that lacks a weight of the plan.
+
+        >>> run.hold(averaged.module)  # doctest: +SKIP
+        """
+        if not self.finished:
+            raise MethodError("finish() the run before holding a copy to its support")
+        named = [*copy.named_parameters(remove_duplicate=False), *copy.named_buffers()]
+        tensors = {_plain(name): tensor for name, tensor in named}
+        if missing := [site for site in self._frozen if _plain(site) not in tensors]:
+            raise MethodError(
+                f"the copy has no {', '.join(missing)}: pass the module itself, such as ema.module for an AveragedModel"
+            )
+        with torch.no_grad():
+            for site, frozen in self._frozen.items():
+                weight = tensors[_plain(site)]
+                weight.copy_(_moved(frozen, weight.device).apply(weight))
+            for name, keep in self._buried.items():
+                if (tensor := tensors.get(_plain(name))) is not None:
+                    tensor.masked_fill_(~keep.to(tensor.device), 0)
 
     def finish(self) -> None:
         """Bring the weights exactly into the plan and freeze their support.
@@ -242,6 +285,11 @@ class Run:
         for name, keep in self._buried.items():
             tensor = self.graph.tensors[name]
             tensor.masked_fill_(~keep.to(tensor.device), 0)
+
+
+def _plain(name: str) -> str:
+    """A name as it was before `torch.compile` wrapped the module."""
+    return name.replace("_orig_mod.", "")
 
 
 def _moved(frozen: Frozen, device: torch.device) -> Frozen:
