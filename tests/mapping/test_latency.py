@@ -135,7 +135,7 @@ def test_layers_and_ladders(graph: es.Graph) -> None:
 
 def test_an_unmeasured_scheme_is_named(graph: es.Graph, tmp_path: Path) -> None:
     model = latency_model(graph, clock=CountingClock(), shelf=Shelf(WHO, tmp_path))
-    with pytest.raises(UnknownNameError, match="measured scheme of a.weight"):
+    with pytest.raises(UnknownNameError, match="measured scheme of a"):
         model.predict({"a.weight": es.scheme("block_punched", 0.3, m=3, n=1)})
 
 

@@ -129,7 +129,7 @@ def test_several_targets_at_once(net: Net, model: LatencyModel) -> None:
 
 def test_out_of_reach_says_what_is_reachable(net: Net, model: LatencyModel) -> None:
     told: list[str] = []
-    with pytest.raises(Unreachable, match="latency_ms: asked .*, reachable") as error:
+    with pytest.raises(Unreachable, match=r"latency_ms: asked .*, reachable") as error:
         propose(net, example(), Targets(speedup=500), latency=model, clock=CountingClock(), tell=told.append)
     assert error.value.least["latency_ms"] > 0 and "reachable" in told[0]
     with pytest.raises(PlanError, match="ask for something"):
@@ -140,7 +140,7 @@ def test_out_of_reach_says_what_is_reachable(net: Net, model: LatencyModel) -> N
 
 @pytest.mark.parametrize("wrong", [{"speedup": 0.5}, {"latency_ms": 0}, {"macs": -1}, {"size_mb": float("nan")}])
 def test_impossible_targets(wrong: dict[str, float]) -> None:
-    with pytest.raises(PlanError, match="speedup|latency_ms|macs|size_mb"):
+    with pytest.raises(PlanError, match=r"speedup|latency_ms|macs|size_mb"):
         Targets(**wrong)
 
 
@@ -197,7 +197,7 @@ def test_allocation_is_near_the_best_of_all() -> None:
 
 def test_allocation_says_when_nothing_helps() -> None:
     table = {"a": Options(np.array([[2.0, 1.0], [1.0, 3.0]]), np.array([0.0, 1.0]))}
-    with pytest.raises(Unreachable, match="exclude each other|reachable"):
+    with pytest.raises(Unreachable, match=r"exclude each other|reachable"):
         allocate(table, ["ms", "mb"], np.zeros(2), np.array([1.5, 1.5]))
 
 
