@@ -22,6 +22,7 @@ ROOMS = [
     "store",
     "report",
     "workspace",
+    "phases",
     "compress",
     "cli",
 ]

@@ -24,6 +24,7 @@ DECLARE(adaptive);
 DECLARE(binary);
 DECLARE(unary);
 DECLARE(softmax);
+DECLARE(depthwise);
 
 #if ESP_WIDTH == 16
 enum { NEEDS = ESP_HAS_AVX512 | ESP_HAS_AVX2 | ESP_HAS_FMA, PRIORITY = 30 };
@@ -56,5 +57,6 @@ const esp_kernel_row ESP_NAME(esp_rows)[] = {
     PLAIN(ESP_BINARY, binary),
     PLAIN(ESP_UNARY, unary),
     PLAIN(ESP_SOFTMAX, softmax),
+    PLAIN(ESP_DEPTHWISE, depthwise),
     {0, 0, 0, 0, 0, 0},
 };

@@ -143,6 +143,26 @@ static const char *check_linear(const esp_program *p, const esp_step *s)
     return NULL;
 }
 
+static const char *check_depthwise(const esp_program *p, const esp_step *s)
+{
+    const int64_t *w = s->param, *size = s->out.size, multiplier = w[DEPTHWISE_MULTIPLIER];
+    int64_t taps, count, channels;
+    for (int i = DEPTHWISE_WINDOW_Y; i <= DEPTHWISE_MULTIPLIER; i++)
+        if (!within(w[i], i == DEPTHWISE_PAD_Y || i == DEPTHWISE_PAD_X ? 0 : 1, 1 << 20)) return "impossible window";
+    if (!readable(p, &s->a) || s->a.size[0] != 1 || size[0] != 1 || s->a.size[3] > 1 << 30) return "impossible source";
+    if (size[3] > 1 << 30 || s->out.stride[3] != 1 || s->a.stride[3] != 1) return "its rows are no rows of pixels";
+    /* loads of whole vectors may touch what lies beside: an arena has room there */
+    if (s->a.space != ESP_ARENA || s->out.space != ESP_ARENA) return "it reads or writes outside the arena";
+    if (__builtin_mul_overflow(s->a.size[1], multiplier, &channels) || channels != size[1]) return "channels disagree";
+    taps = w[DEPTHWISE_WINDOW_Y] * w[DEPTHWISE_WINDOW_X];
+    if (__builtin_mul_overflow(taps, size[1], &count) || count != s->values_count) return "weights and channels disagree";
+    if (s->bias_count != 0 && s->bias_count != size[1]) return "bias and channels disagree";
+    if (s->b.space == ESP_NOWHERE) return NULL;
+    if (s->b.space != ESP_ARENA || !readable(p, &s->b) || !same_sizes(&s->b, &s->out) || s->b.stride[3] != 1)
+        return "impossible residual";
+    return NULL;
+}
+
 static const char *check_gather(const esp_program *p, const esp_step *s)
 {
     if (!readable(p, &s->a) || s->a.size[0] != 1 || s->a.size[1] != s->out.size[1]) return "impossible source";
@@ -193,6 +213,7 @@ int esp_check_step(const esp_program *program, const esp_step *step, int32_t num
         switch (step->op) {
         case ESP_CONV: problem = check_conv(program, step); break;
         case ESP_LINEAR: problem = check_linear(program, step); break;
+        case ESP_DEPTHWISE: problem = check_depthwise(program, step); break;
         case ESP_GATHER: problem = check_gather(program, step); break;
         case ESP_POOL:
         case ESP_ADAPTIVE: problem = check_pool(program, step); break;

@@ -4,6 +4,7 @@
 #include <time.h>
 
 #include "dispatch.h"
+#include "pages.h"
 #include "program.h"
 #include "team.h"
 
@@ -13,8 +14,8 @@ struct esp_context {
     const esp_program *program;
     esp_team *team;
     int threads;
-    void *room;   /* as it was allocated */
-    float *arena; /* aligned, with slack behind its end */
+    float *room;  /* as it was allocated */
+    float *arena; /* in it, with slack before and behind */
     double *step_ms;
     int profile;
     atomic_flag busy;
@@ -25,7 +26,7 @@ struct esp_context {
 
 uint32_t esp_version(void) { return ESP_VERSION; }
 
-static int64_t workspace_floats(const esp_program *p) { return p->arena_floats + 2 * ESP_SLACK + 16; }
+static int64_t workspace_floats(const esp_program *p) { return p->arena_floats + 3 * ESP_SLACK + 16; }
 
 int64_t esp_workspace_size(const esp_program *p) { return p ? workspace_floats(p) * 4 : 0; }
 
@@ -107,14 +108,14 @@ int esp_context_create(
     c->threads = threads;
     atomic_flag_clear(&c->busy);
     int64_t floats = workspace_floats(program);
-    c->room = calloc((size_t)floats, sizeof(float)); /* zero: a program never sees what lay there before */
+    c->room = esp_pages((size_t)floats * sizeof(float)); /* zero: a program never sees what lay there before */
     c->step_ms = calloc((size_t)program->steps_count + 1, sizeof *c->step_ms);
     if (!c->room || !c->step_ms) {
         esp_context_free(c);
         return esp_fail(message, capacity, ESP_NO_MEMORY, "out of memory for a workspace of %lld bytes",
             (long long)floats * 4);
     }
-    c->arena = (float *)(((uintptr_t)c->room + 63) / 64 * 64);
+    c->arena = c->room + ESP_SLACK;
     c->team = esp_team_create(threads);
     if (!c->team) {
         esp_context_free(c);

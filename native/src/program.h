@@ -18,6 +18,7 @@ enum esp_op {
     ESP_UNARY, /* scale, shift, activation */
     ESP_SOFTMAX,
     ESP_FILL,
+    ESP_DEPTHWISE,
     ESP_OPS_END,
 };
 
@@ -96,6 +97,17 @@ enum {
     POOL_PAD_X,
     POOL_DILATION_Y,
     POOL_DILATION_X,
+};
+enum {
+    DEPTHWISE_WINDOW_Y = 0,
+    DEPTHWISE_WINDOW_X,
+    DEPTHWISE_STRIDE_Y,
+    DEPTHWISE_STRIDE_X,
+    DEPTHWISE_PAD_Y,
+    DEPTHWISE_PAD_X,
+    DEPTHWISE_DILATION_Y,
+    DEPTHWISE_DILATION_X,
+    DEPTHWISE_MULTIPLIER, /* output channels per input channel */
 };
 enum { BINARY_KIND = 0 }; /* 0 add, 1 subtract, 2 multiply, 3 divide */
 enum { SOFTMAX_LOG = 0 };

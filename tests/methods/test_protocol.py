@@ -91,8 +91,8 @@ class Careless(Method):
 
     def step(self, targets: list[Target], state: State, progress: Progress) -> None: ...
 
-    def land(self, target: Target, state: State) -> Frozen:
-        return Frozen(torch.rand(target.weight.shape) < 0.9)
+    def land(self, targets: list[Target], state: State) -> dict[str, Frozen]:
+        return {t.site: Frozen(torch.rand(t.weight.shape) < 0.9) for t in targets}
 
 
 def test_a_method_that_does_not_land_is_found() -> None:

@@ -65,11 +65,11 @@ class Everything(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, 2, 1, groups=2)
-        self.fc = nn.Linear(24, 5)
+        self.dw, self.fc = nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Linear(24, 5)
 
     def forward(self, x):
         y = self.a(x).sigmoid()
-        y = torch.relu(y + self.a(x * 2))
+        y = torch.relu(y + self.dw(self.a(x * 2)))
         y = nn.functional.pad(nn.functional.max_pool2d(self.b(y), 3, 2, 1), (1, 0))
         y = nn.functional.adaptive_avg_pool2d(y * y, 2).flatten(1)
         return self.fc(y).softmax(1)
@@ -83,7 +83,19 @@ def program() -> bytes:
 
 def test_every_kind_of_step_is_attacked(program) -> None:
     kinds = {kernel.split("/")[0] for kernel in LoadedProgram(program).kernels}
-    assert kinds == {"conv", "linear", "copy", "gather", "pool", "adaptive", "binary", "unary", "softmax", "fill"}
+    assert kinds == {
+        "conv",
+        "linear",
+        "copy",
+        "gather",
+        "pool",
+        "adaptive",
+        "binary",
+        "unary",
+        "softmax",
+        "fill",
+        "depthwise",
+    }
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 
 from espalier.compiler.program import Four, Operand, Space, dense_strides
+from espalier.compiler.window import is_depthwise
 from espalier.graph.ir import Graph, Node
 
 _BATCH_STRIDE = 1 << 50  # of the batch dimension while views are worked out; no sample is as large
@@ -269,7 +270,10 @@ def _plan_conv(layout: Layout, node: Node, graph: Graph) -> None:
     window = graph.values[str(node.inputs[1])].shape[2:]
     home = layout.home[source][0] if source in layout.home else None
     target = layout.home[out][0]
-    if all(s == 1 for s in node.attrs["stride"]):
+    if is_depthwise(graph, node):  # reads planes of any kind, in the arena
+        if home is None and f"{source}/planes" not in layout.roots:
+            layout.add(f"{source}/planes", layout.shapes[source])
+    elif all(s == 1 for s in node.attrs["stride"]):
         padding = [0, *node.attrs["padding"]][-2:]
         if home is None:
             home = f"{source}/planes"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from espalier.compiler.depth_first import depth_first
 from espalier.compiler.emit import Emitter
 from espalier.compiler.fuse import fuse
 from espalier.compiler.layout import Place, plan_layout
@@ -123,6 +124,7 @@ def _subgraph(graph: Graph, nodes: Sequence[Node]) -> Graph:
 
 def _program(graph: Graph, batch: int) -> Program:
     """Steps for a fused graph that the engine can run."""
+    graph = depth_first(graph)
     fresh = {name for node in graph.nodes if LOWERINGS[node.op].fresh for name in node.outputs}
     layout = plan_layout(graph, graph.nodes, graph.inputs, fresh)
     e = Emitter(graph, layout, batch)

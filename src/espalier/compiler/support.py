@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from espalier.compiler import emit_blocks, emit_ops
+from espalier.compiler import emit_blocks, emit_depthwise, emit_ops
 from espalier.compiler.emit import Emitter
 from espalier.graph.ir import Graph, Node, Value
 
@@ -159,7 +159,7 @@ def _move(graph: Graph, node: Node) -> str:
 def _table() -> dict[str, Lowering]:
     ops, blocks = emit_ops, emit_blocks
     table = {
-        "conv": Lowering(blocks.conv, _conv),
+        "conv": Lowering(emit_depthwise.conv, _conv),
         "linear": Lowering(blocks.linear, _linear),
         "affine": Lowering(ops.affine, _constants),
         "batch_norm": Lowering(ops.batch_norm, _constants),

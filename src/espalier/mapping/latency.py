@@ -130,10 +130,11 @@ def latency_model(
     batches = _missing(found, ladders, rows)
     if not batches and f"{network} | rest" not in rows:
         batches = [[{}, *_slot(found, ladders, 0, GRID[2:3])]]
+    seen: defaultdict[str, list[float]] = defaultdict(list)
     for number, batch in enumerate(batches):
         tell(f"measuring layers on the engine: {number + 1} of {len(batches)}")
         profiles = clock([probe.variant({s: c.at(d) for s, (c, d) in wanted.items()}) for wanted in batch], threads)
-        measured = _rows(probe, network, batch, profiles, rows)
+        measured = _rows(probe, network, batch, profiles, seen)
         rows = {**rows, **shelf.add(measured), **measured}
     return _model(found, ladders, rows, network, threads)
 
@@ -219,33 +220,20 @@ def _missing(
 
 
 def _rows(
-    probe: Probe, network: str, batch: Sequence[Wanted], profiles: Sequence[Profile], before: Mapping[str, float]
+    probe: Probe, network: str, batch: Sequence[Wanted], profiles: Sequence[Profile], seen: defaultdict[str, list[float]]
 ) -> Rows:
-    """Table rows of a batch; equal layers of the network count by their mean. Dense rows join what was seen before."""
-    seen: defaultdict[str, list[float]] = defaultdict(list)
-    rest, overhead = [], []
+    """Table rows of a batch, the medians of what was `seen` so far: of equal layers, and of what every batch holds."""
+    # Milliseconds are all that a shelf holds, and an overhead may be below zero: it is kept beside the steps' sum.
     for wanted, profile in zip(batch, profiles):
         spent, other = probe.attribute(profile)
-        rest.append(other)
-        overhead.append(profile.whole_ms - sum(profile.steps.values()))
         for site, ms in spent.items():
             seen[_key(probe.layers[site], *wanted.get(site, (None, 1.0)))].append(ms)
-    rows = {key: statistics.fmean(ms) for key, ms in seen.items()}
-    for key in rows:
-        if key.endswith(_DENSE) and key in before:
-            rows[key] = min(rows[key], before[key])  # what another program's load added is not the layer's
-    steps = max(len(profile.steps) for profile in profiles)
-    # Milliseconds are all that a shelf holds; an overhead may be below zero, so it is kept as two numbers.
-    spare = statistics.median(overhead)
-    return rows | {
-        f"{network} | rest": min(statistics.median(rest), before.get(f"{network} | rest", float("inf"))),
-        f"{network} | overhead": max(0.0, spare),
-        f"{network} | saved": max(0.0, -spare),
-        f"{network} | steps": float(steps),
-    }
-
-
-_DENSE = "| dense | 1"
+        spare = profile.whole_ms - sum(profile.steps.values())
+        seen[f"{network} | rest"].append(other)
+        seen[f"{network} | overhead"].append(max(0.0, spare))
+        seen[f"{network} | saved"].append(max(0.0, -spare))
+        seen[f"{network} | steps"].append(float(len(profile.steps)))
+    return {key: statistics.median(values) for key, values in seen.items()}
 
 
 def _key(layer: Layer, candidate: Candidate | None, density: float) -> str:

@@ -9,7 +9,7 @@ run.finish()                     the weights lie in the plan; training may go on
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +18,9 @@ from torch import Tensor, nn
 
 from espalier.errors import MethodError
 from espalier.graph import Graph, bury
-from espalier.sparsity import Frozen, Scheme
+from espalier.methods.targets import Target, freeze, targets
+from espalier.sparsity import Frozen, Scheme, ceiling
 from espalier.sparsity.scheme import Tie
-
-
-@dataclass(frozen=True)
-class Target:
-    """A weight on its way into a scheme."""
-
-    site: str
-    weight: nn.Parameter
-    scheme: Scheme
-    conv_groups: int
 
 
 @dataclass(frozen=True)
@@ -64,23 +55,64 @@ class Method(ABC):
     def step(self, targets: list[Target], state: State, progress: Progress) -> None:
         """After an optimizer step; `progress.step` counts it already."""
 
-    def land(self, target: Target, state: State) -> Frozen:
-        """The support that the weight is to have: what the scheme chooses for the weight as it is now."""
-        return target.scheme.freeze(target.weight.detach(), target.conv_groups)
+    def land(self, targets: list[Target], state: State) -> dict[str, Frozen]:
+        """The support that every weight is to have: what the schemes choose for the weights as they are now."""
+        return freeze(targets)
+
+
+@dataclass(frozen=True)
+class Density:
+    """What was asked of a site and what it came to; `requested` is None where the method was to find it."""
+
+    site: str
+    weights: int
+    requested: float | None
+    achieved: float
+
+
+def pull(weights: Sequence[Tensor], gradients: Sequence[Tensor], value: Tensor) -> Tensor:
+    """A scalar `value` whose gradient with respect to `weights` is `gradients`.
+
+    For penalties whose gradient is known: it costs no more than making the gradients, and adding them up.
+
+    >>> w = torch.ones(3, requires_grad=True)
+    >>> pull([w], [w.detach()], 0.5 * w.detach().square().sum()).backward()
+    >>> w.grad
+    tensor([1., 1., 1.])
+    """
+    return _Pull.apply(value, len(weights), *weights, *gradients)
+
+
+def draw(weights: Sequence[Tensor], points: Sequence[Tensor], strength: float) -> Tensor | None:
+    """``strength/2 sum_k ||weights_k - points_k||^2``; None where there are none."""
+    if not weights:
+        return None
+    with torch.no_grad():
+        wide = [w.detach().float() for w in weights]
+        apart = torch._foreach_sub(wide, list(points))
+        value = 0.5 * strength * torch.stack(torch._foreach_norm(apart)).square().sum()
+        torch._foreach_mul_(apart, strength)
+    return pull(weights, apart, value)
+
+
+class _Pull(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[count:])
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> Any:
+        made = ctx.saved_tensors
+        return None, None, *torch._foreach_mul(made, outer[0]), *[None] * len(made)
 
 
 class Run:
     """A method at work on a network. Made by `start`."""
 
     def __init__(self, graph: Graph, schemes: Mapping[str, Scheme], method: Method, steps: int | None) -> None:
-        sites = graph.sites()
         self.graph, self.method = graph, method
-        self.targets: list[Target] = []
-        for site, scheme in schemes.items():
-            weight = graph.tensors[site]
-            if not isinstance(weight, nn.Parameter):
-                raise MethodError(f"{site} is a buffer, not a parameter: leave it out of the plan")
-            self.targets.append(Target(site, weight, scheme, sites[site].conv_groups))
+        self.targets: list[Target] = targets(graph, schemes)
         self._progress = Progress(0, steps)
         self._state = method.begin(self.targets, self._progress)
         self._frozen: dict[str, Frozen] = {}
@@ -121,7 +153,7 @@ class Run:
         if self.finished:
             return
         with torch.no_grad():
-            self._frozen = {t.site: self.method.land(t, self._on_device()) for t in self.targets}
+            self._frozen = self.method.land(self.targets, self._on_device())
             self._state = {}
             self._settle()
 
@@ -138,6 +170,15 @@ class Run:
         """The share of all conv and linear weights of the network that is not zero now."""
         weights = [self.graph.tensors[site].detach() for site in self.graph.sites()]
         return sum(int(w.count_nonzero()) for w in weights) / max(1, sum(w.numel() for w in weights))
+
+    def densities(self) -> list[Density]:
+        """Requested and achieved, site by site, as the weights are now."""
+        rows = []
+        for t in self.targets:
+            found = any(lane.open for lane in t.lanes()) and t.scheme.density >= ceiling(t.scheme)
+            kept = int(t.weight.count_nonzero()) / t.weight.numel()
+            rows.append(Density(t.site, t.weight.numel(), None if found else t.scheme.density, kept))
+        return rows
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on bit for bit: tensors and plain values only."""

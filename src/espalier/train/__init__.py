@@ -4,9 +4,10 @@ from espalier.train.checkpoint import seed_everything
 from espalier.train.data import DATA, load_data
 from espalier.train.loop import Epoch, History, TrainHooks, fit
 from espalier.train.recipe import Recipe
-from espalier.train.score import Score, evaluate, recalibrate
+from espalier.train.score import Drop, Score, correct, drop, evaluate, recalibrate, recalibrate_if_better
 from espalier.train.sources import SOURCES, Source, download
 from espalier.train.split import Data, Split
+from espalier.train.told import Tried
 from espalier.train.zoo import ZOO, Network, build, example_shape, inner_widths, load_weights, read_weights
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "SOURCES",
     "ZOO",
     "Data",
+    "Drop",
     "Epoch",
     "History",
     "Network",
@@ -22,8 +24,11 @@ __all__ = [
     "Source",
     "Split",
     "TrainHooks",
+    "Tried",
     "build",
+    "correct",
     "download",
+    "drop",
     "evaluate",
     "example_shape",
     "fit",
@@ -32,5 +37,6 @@ __all__ = [
     "load_weights",
     "read_weights",
     "recalibrate",
+    "recalibrate_if_better",
     "seed_everything",
 ]

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from espalier.errors import MissingExtraError, TrainingError
 from espalier.train.checkpoint import (
@@ -26,8 +22,10 @@ from espalier.train.checkpoint import (
     shapes,
     write_checkpoint,
 )
+from espalier.train.interrupts import Interrupts
+from espalier.train.objective import objective
 from espalier.train.recipe import Recipe
-from espalier.train.score import evaluate
+from espalier.train.score import evaluate, visiting
 from espalier.train.split import Data
 from espalier.train.told import Told
 
@@ -105,6 +103,7 @@ def fit(
     recipe: Recipe,
     *,
     hooks: TrainHooks | None = None,
+    teacher: nn.Module | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
     phase: str = "train",
@@ -117,6 +116,7 @@ def fit(
     """Train `model` in place by `recipe`; it comes back on the device and with the training flags that it had.
 
     hooks: a `methods.Run`: its penalty joins the loss, its step follows the optimizer's.
+    teacher: the network whose answers are imitated where `recipe.distill` is above 0: it stays frozen, in eval mode.
     checkpoint: a file written after every epoch, every `save_every_s` seconds and at Ctrl-C, whole or not at all.
         With `resume` training goes on from it, if it is there; killed at any moment it ends, on a CPU, bit for bit as
         if it had not been stopped. Random numbers are seeded by the recipe and the epoch.
@@ -138,13 +138,16 @@ def fit(
         raise TrainingError(f"cannot train on {devices} x {accelerator} in {recipe.precision}: {error}") from error
     fabric.launch()
     path = None if checkpoint is None else Path(checkpoint)
-    with _borrowed(model):
-        run = _Fit(fabric, model, data, recipe, hooks, path, phase, save_every_s)
+    if recipe.distill and teacher is None:
+        raise TrainingError(f"{phase}: distill is {recipe.distill}, but there is no teacher to learn from: teacher=...")
+    taught = teacher if recipe.distill else None
+    with _borrowed(model), visiting(taught, fabric.device) if taught is not None else nullcontext():
+        run = _Fit(fabric, model, data, recipe, hooks, taught, path, phase, save_every_s)
         if resume and path is not None and path.exists():
             run.restore(path)
         steps = data.train.steps(recipe.batch_size)
         shown = progress and fabric.global_rank == 0
-        with _Interrupts() as interrupts, Told(phase, recipe.epochs, steps, run.done, shown) as told:
+        with Interrupts() as interrupts, Told(phase, recipe.epochs, steps, run.done, shown) as told:
             while run.epoch < recipe.epochs:
                 run.train_epoch(interrupts, told)
                 row = run.end_epoch()
@@ -166,11 +169,13 @@ class _Fit:
         data: Data,
         recipe: Recipe,
         hooks: TrainHooks | None,
+        teacher: nn.Module | None,
         path: Path | None,
         phase: str,
         save_every_s: float,
     ) -> None:
         self.fabric, self.model, self.data, self.recipe, self.hooks = fabric, model, data, recipe, hooks
+        self.teacher = None if teacher is None else teacher.eval()
         self.path, self.phase, self.save_every_s = path, phase, save_every_s
         self.steps = data.train.steps(recipe.batch_size)
         self.epoch = self.batch = 0  # the next to be done
@@ -186,7 +191,7 @@ class _Fit:
         """Steps that are done."""
         return self.epoch * self.steps + self.batch
 
-    def train_epoch(self, interrupts: _Interrupts, told: Told) -> None:
+    def train_epoch(self, interrupts: Interrupts, told: Told) -> None:
         """What is left of an epoch."""
         self.began_at = time.monotonic()
         if self.batch == 0:
@@ -259,7 +264,7 @@ class _Fit:
                 f"{type(self.model).__name__} makes {list(out.shape)} of {len(x)} images, but {self.data.name} has "
                 f"{self.data.classes} classes: build it with classes={self.data.classes}"
             )
-        loss = F.cross_entropy(out, y, label_smoothing=self.recipe.label_smoothing)
+        loss = objective(out, y, self._taught(x), self.recipe)
         penalty = self.hooks.penalty() if last and self.hooks is not None else torch.zeros((), device=loss.device)
         value, extra = float(loss.detach()), float(penalty.detach())
         if not torch.isfinite(loss + penalty):
@@ -275,6 +280,12 @@ class _Fit:
         self.sums["right"] += float((out.detach().argmax(1) == y).sum())
         self.sums["seen"] += len(x)
 
+    def _taught(self, x: Tensor) -> Tensor | None:
+        if self.teacher is None:
+            return None
+        with torch.no_grad(), self.fabric.autocast():
+            return self.teacher(x)
+
     def _all_sums(self) -> dict[str, float]:
         if self.fabric.world_size == 1:
             return self.sums
@@ -286,7 +297,8 @@ class _Fit:
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must agree in, besides recipe and network."""
         images = len(self.data.train)
-        return {"phase": self.phase, "data": self.data.name, "images": images, "hooks": self.hooks is not None}
+        hooks, teacher = self.hooks is not None, self.teacher is not None
+        return {"phase": self.phase, "data": self.data.name, "images": images, "hooks": hooks, "teacher": teacher}
 
     def save(self) -> None:
         """Write the checkpoint, where one is wanted."""
@@ -344,27 +356,3 @@ def _borrowed(model: nn.Module) -> Iterator[None]:
             p.grad = None  # of the other layout
         for module, training in flags:
             module.training = training
-
-
-class _Interrupts:
-    """Ctrl-C asks for an end after the step under way; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
-
-    def __enter__(self) -> _Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._hear)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _hear(self, _number: int, _frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
