@@ -11,6 +11,7 @@ DECLARE(conv_2);
 DECLARE(conv_4);
 DECLARE(conv_8);
 DECLARE(conv_16);
+DECLARE(conv_32);
 DECLARE(linear_1);
 DECLARE(linear_2);
 DECLARE(linear_4);
@@ -43,6 +44,7 @@ const esp_kernel_row ESP_NAME(esp_rows)[] = {
     BLOCKS(ESP_CONV, conv, 4),
     BLOCKS(ESP_CONV, conv, 8),
     BLOCKS(ESP_CONV, conv, 16),
+    BLOCKS(ESP_CONV, conv, 32), /* lanes.c */
     BLOCKS(ESP_LINEAR, linear, 1),
     BLOCKS(ESP_LINEAR, linear, 2),
     BLOCKS(ESP_LINEAR, linear, 4),

@@ -65,7 +65,9 @@ static bool writable(const esp_program *p, const esp_step *s)
 static const char *check_blocks(const esp_step *s, int64_t height, int64_t rows)
 {
     int64_t blocks = s->starts_count - 1;
-    if (height != 1 && height != 2 && height != 4 && height != 8 && height != 16) return "impossible block height";
+    if (height != 1 && height != 2 && height != 4 && height != 8 && height != 16 &&
+        height != ESP_LANES_HEIGHT)
+        return "impossible block height";
     if (blocks < 0 || blocks > MAX_SIZE || s->rows_count != blocks * height) return "rows and blocks disagree";
     if (s->index_count > MAX_SIZE || s->values_count != s->index_count * height) return "values and columns disagree";
     if (s->bias_count != 0 && s->bias_count != rows) return "bias and rows disagree";
@@ -99,6 +101,7 @@ static const char *check_conv(const esp_program *p, const esp_step *s)
         if (!within(s->param[i], 0, MAX_STRIDE)) return "impossible segment stride";
     const char *problem = check_blocks(s, s->param[CONV_HEIGHT], rows);
     if (problem) return problem;
+    if (s->param[CONV_HEIGHT] == ESP_LANES_HEIGHT && length > ESP_LANES_PIXELS) return "a segment too long";
     if (!multiply_add(segments, length, 0, &end) || __builtin_mul_overflow(end, s->values_count + s->starts_count, &end) ||
         end > (int64_t)1 << 48)
         return "more work than can be shared out";

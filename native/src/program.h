@@ -43,6 +43,9 @@ enum { ESP_PARAMS = 16, ESP_STEP_WORDS = 72, ESP_OPERAND_WORDS = 11, ESP_MAX_RAN
 /* Floats that kernels may read (never write) past what they need: the tail of the widest tile. */
 enum { ESP_SLACK = 256 };
 
+/* Row-blocks of conv whose vectors run along the rows: their height, and the longest segment that they take. */
+enum { ESP_LANES_HEIGHT = 32, ESP_LANES_PIXELS = 256 };
+
 /* How far a pooling window may reach, in either direction. */
 enum { ESP_POOL_REACH = 2048 };
 
