@@ -16,11 +16,9 @@ enum {
     PIXELS = ESP_LANES_PIXELS,  /* of a band */
     PIECE = 256,                /* columns at once */
 #if ESP_WIDTH == 16
-    TILE = 14, /* pixels at once: as many as there are registers for */
-    WIDEST = 7
+    TILE = 14 /* pixels at once: as many as there are registers for */
 #else
-    TILE = 6,
-    WIDEST = 6
+    TILE = 6
 #endif
 };
 
@@ -69,14 +67,16 @@ typedef void (*tile_function)(
 TILE_OF(1, 1) TILE_OF(1, 2) TILE_OF(1, 3) TILE_OF(1, 4) TILE_OF(1, 5) TILE_OF(1, 6)
 TILE_OF(2, 1) TILE_OF(2, 2) TILE_OF(2, 3) TILE_OF(3, 1) TILE_OF(3, 2)
 #if ESP_WIDTH == 16
-TILE_OF(1, 7) TILE_OF(2, 4) TILE_OF(2, 5) TILE_OF(2, 6) TILE_OF(2, 7) TILE_OF(3, 3) TILE_OF(3, 4)
-static const tile_function tiles[][WIDEST] = {
-    {tile_1_1, tile_1_2, tile_1_3, tile_1_4, tile_1_5, tile_1_6, tile_1_7},
+TILE_OF(1, 7) TILE_OF(1, 8) TILE_OF(1, 9) TILE_OF(1, 10) TILE_OF(1, 11) TILE_OF(1, 12) TILE_OF(1, 13) TILE_OF(1, 14)
+TILE_OF(2, 4) TILE_OF(2, 5) TILE_OF(2, 6) TILE_OF(2, 7) TILE_OF(3, 3) TILE_OF(3, 4)
+static const tile_function tiles[][TILE] = {
+    {tile_1_1, tile_1_2, tile_1_3, tile_1_4, tile_1_5, tile_1_6, tile_1_7, tile_1_8, tile_1_9, tile_1_10, tile_1_11,
+        tile_1_12, tile_1_13, tile_1_14},
     {tile_2_1, tile_2_2, tile_2_3, tile_2_4, tile_2_5, tile_2_6, tile_2_7},
     {tile_3_1, tile_3_2, tile_3_3, tile_3_4},
 };
 #else
-static const tile_function tiles[][WIDEST] = {
+static const tile_function tiles[][TILE] = {
     {tile_1_1, tile_1_2, tile_1_3, tile_1_4, tile_1_5, tile_1_6},
     {tile_2_1, tile_2_2, tile_2_3},
     {tile_3_1, tile_3_2},
@@ -96,9 +96,9 @@ static void sum_up(const band *b, float *sums)
 {
     const esp_step *s = b->step;
     const int64_t *p = s->param, length = p[CONV_LENGTH], segments = b->upto - b->first;
-    const int64_t across = (length + WIDEST - 1) / WIDEST, widest = (length + across - 1) / across;
-    int64_t high = TILE / widest < 3 ? TILE / widest : 3;
-    const int64_t down = (segments + high - 1) / high;
+    const int64_t limit = segments > 1 && TILE > 6 ? TILE / 2 : TILE; /* two segments at once, where registers reach */
+    const int64_t across = (length + limit - 1) / limit, widest = (length + across - 1) / across;
+    const int64_t high = TILE / widest < 3 ? TILE / widest : 3, down = (segments + high - 1) / high;
     for (int64_t j = s->starts[b->block], end = s->starts[b->block + 1]; j < end; j += PIECE) {
         const float *values = s->values + j * ROWS + b->r;
         for (int64_t t = 0; t < down * across; t++) {

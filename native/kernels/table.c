@@ -25,6 +25,8 @@ DECLARE(adaptive);
 DECLARE(binary);
 DECLARE(unary);
 DECLARE(softmax);
+DECLARE(winograd_in);
+DECLARE(winograd_out);
 
 #if ESP_WIDTH == 16
 enum { NEEDS = ESP_HAS_AVX512 | ESP_HAS_AVX2 | ESP_HAS_FMA, PRIORITY = 30 };
@@ -58,5 +60,7 @@ const esp_kernel_row ESP_NAME(esp_rows)[] = {
     PLAIN(ESP_BINARY, binary),
     PLAIN(ESP_UNARY, unary),
     PLAIN(ESP_SOFTMAX, softmax),
+    PLAIN(ESP_WINOGRAD_IN, winograd_in),
+    PLAIN(ESP_WINOGRAD_OUT, winograd_out),
     {0, 0, 0, 0, 0, 0},
 };

@@ -18,6 +18,8 @@ enum esp_op {
     ESP_UNARY, /* scale, shift, activation */
     ESP_SOFTMAX,
     ESP_FILL,
+    ESP_WINOGRAD_IN, /* before and behind the products of a 3 x 3 window */
+    ESP_WINOGRAD_OUT,
     ESP_OPS_END,
 };
 
@@ -89,6 +91,7 @@ enum {
     LINEAR_ROW_STRIDE, /* from output row to output row */
 };
 enum { GATHER_STRIDE_Y = 0, GATHER_STRIDE_X };
+enum { WINOGRAD_FIRST = 0 }; /* row of tiles of 4 x 4 pixels */
 enum {
     POOL_KIND = 0, /* 0 max, 1 mean over the padded window, 2 mean over what lies in the image */
     POOL_WINDOW_Y,

@@ -56,9 +56,10 @@ def choose(matrix: np.ndarray, op: str) -> Choice:
     return Choice(blocks, f"blocks/{best}", reason)
 
 
-# Share of the arithmetic peak that dense kernels reach when all lanes count: vectors along pixels, along rows.
-_ALONG_PIXELS, _ALONG_ROWS = 0.85, 0.92
-_TURN = 40  # what turning the sums of vectors along rows costs, in columns
+# Share of the arithmetic peak that dense kernels reach when all lanes count: with 1, 2 or 3 vectors along pixels (the
+# fewer, the more loads of weights for a product), and with vectors along rows.
+_ALONG_PIXELS, _ALONG_ROWS = (0.55, 0.8, 0.85), 0.92
+_TURN = 50  # what turning the sums of vectors along rows costs, in columns
 LANES_HEIGHT = 32  # of the blocks whose vectors run along the rows
 _LANES_PIXELS = 256  # of a plane that they take
 
@@ -72,17 +73,30 @@ def choose_conv(matrices: list[np.ndarray], height: int, width: int, row_stride:
     if len(matrices) > 1:
         return choose_groups(matrices, "conv")
     choice = choose(matrices[0], "conv")
-    rows, columns = matrices[0].shape
-    if not choice.format.startswith("dense") or rows < LANES_HEIGHT or height * width > _LANES_PIXELS:
-        return choice
-    run = (height - 1) * row_stride + width
-    vectors = min(-(-run // 16), height * -(-width // 16))
-    along_pixels = _ALONG_PIXELS * height * width / (16 * vectors)
-    along_rows = _ALONG_ROWS * rows / (-(-rows // LANES_HEIGHT) * LANES_HEIGHT) * columns / (columns + _TURN)
-    if along_rows <= along_pixels:
+    if not choice.format.startswith("dense") or not _along_rows(matrices[0].shape, height, width, row_stride):
         return choice
     blocks = dense(matrices[0], LANES_HEIGHT)
     return Choice(blocks, f"dense/{LANES_HEIGHT}", f"{choice.reason}; vectors along rows")
+
+
+def choose_dense_groups(matrices: list[np.ndarray], height: int, width: int) -> Choice:
+    """Dense row-blocks of a block-diagonal matrix with these blocks, over `height` x `width` pixels without margins."""
+    lanes = _along_rows(matrices[0].shape, height, width, width)
+    block = LANES_HEIGHT if lanes else max(h for h in CONV_COST if h == 1 or h < 2 * len(matrices[0]))
+    blocks = _joined([dense(m, block) for m in matrices])
+    return Choice(blocks, f"winograd/{block}", "3 x 3 at stride 1: tiles of 4 x 4 pixels in 36 products")
+
+
+def _along_rows(shape: tuple[int, ...], height: int, width: int, row_stride: int) -> bool:
+    """Whether dense blocks of a matrix [rows, columns] run faster with vectors along their rows than along pixels."""
+    rows, columns = shape
+    if rows < LANES_HEIGHT or height * width > _LANES_PIXELS:
+        return False
+    run = (height - 1) * row_stride + width
+    vectors, at_once = min((-(-run // 16), -(-run // 16)), (height * -(-width // 16), -(-width // 16)))
+    along_pixels = _ALONG_PIXELS[min(at_once, 3) - 1] * height * width / (16 * vectors)
+    filled = rows / (-(-rows // LANES_HEIGHT) * LANES_HEIGHT)
+    return _ALONG_ROWS * filled * columns / (columns + _TURN) > along_pixels
 
 
 def choose_groups(matrices: list[np.ndarray], op: str) -> Choice:
@@ -109,7 +123,7 @@ def _dense_cost(shape: tuple[int, ...], height: int, column: float, row: float) 
 
 
 def dense(matrix: np.ndarray, height: int) -> RowBlocks:
-    """Row-blocks of `matrix` [rows, columns] with all columns in every one, rows in their order, the last one padded."""
+    """Row-blocks of `matrix` [rows, columns]: all columns in every one, rows in their order, the last one padded."""
     rows, columns = matrix.shape
     count = -(-rows // height)
     padded = np.zeros((count * height, columns), np.float32)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from espalier.compiler import emit_winograd as winograd
 from espalier.compiler.blocks import LANES_HEIGHT, Choice, choose, choose_conv, choose_groups
 from espalier.compiler.emit import Emitter, fused_activation
 from espalier.compiler.layout import Place, planes_of
@@ -30,29 +31,29 @@ def conv(e: Emitter, node: Node) -> None:
         return
     stride = e.layout.storage(e.layout.home[node.outputs[0]][0]).row_stride
     choice = choose_conv(matrices, height, width, stride)
+    b = Operand() if residual is None else e.like(residual, out).operand()
+    if choice.format.startswith("dense") and winograd.pays(node, w, height, width):
+        winograd.winograd(e, node, w, out, e.array(bias), b)
+        return
     source, index = _columns(e, node, w.shape, choice.blocks.columns)
     out_operand, in_operand = out.operand(), source.operand()
-    fields = dict(residual=Operand(), residual_stride=0)
-    if residual is not None:
-        b = e.like(residual, out).operand()
-        fields = dict(residual=b, residual_stride=b.strides[2])
     assert out.storage is not None and source.storage is not None
     row_in, row_out = source.storage.row_stride, out.storage.row_stride
     along_rows = choice.blocks.height == LANES_HEIGHT
     flat = row_in == row_out and not along_rows and _flat_pays(height, width, row_out)
     run = (height - 1) * row_out + width
     chunk = max(192, min(8192, _CHUNK_FLOATS // in_operand.sizes[1]))
-    segments = (1, run, 0, 0, 0) if flat else (height, width, row_in, row_out, fields["residual_stride"])
+    segments = (1, run, 0, 0, 0) if flat else (height, width, row_in, row_out, b.strides[2])
     e.steps.append(
         Step(
             name=node.name,
             op="conv",
             out=out_operand,
             a=in_operand,
-            b=fields["residual"],  # type: ignore[arg-type]
+            b=b,
             activation=fused_activation(node),
             front=out.front(),
-            params=(choice.blocks.height, *segments, chunk),  # type: ignore[arg-type]
+            params=(choice.blocks.height, *segments, chunk),
             arrays=_arrays(choice, index, e.array(bias)),
             **_facts(node, choice, w),
         )
