@@ -28,7 +28,7 @@ _G = np.array(
     ]
 )
 _POINTS = 36
-_BAND_FLOATS = 512 * 1024  # between the steps of a band: they should stay in the second cache
+_BAND_FLOATS = 384 * 1024  # between the steps of a band: so many stay in the second cache
 # Multiply-adds of 32 rows and columns take one cycle. A transform of 16 tiles takes about so many; a weight that comes
 # from memory and not from the second cache takes as long as so many multiply-adds.
 _TRANSFORM_CYCLES, _STREAMED_WEIGHT, _CACHED_WEIGHTS = 150.0, 24.0, 1 << 18
@@ -61,9 +61,7 @@ def winograd(e: Emitter, node: Node, w: np.ndarray, out: Place, bias: np.ndarray
     source = e.planes(str(node.inputs[0]), 1, 1)
     _, height, width = planes_of(e.layout.shapes[node.outputs[0]])
     down, across = tiles(height), tiles(width)
-    most = max(1, _BAND_FLOATS // (_POINTS * (rows + columns) * across))
-    bands = -(-down // most)
-    tall = -(-down // bands)
+    tall = _band(rows, columns, down, across)
     plane = (-(-tall * across // 16) | 1) * 16
     # one plane more for each point than there are: points then begin in different sets of the cache
     before = e.use(_room(f"{node.name}/tiles", _POINTS * (columns + 1) * plane))
@@ -103,6 +101,23 @@ def winograd(e: Emitter, node: Node, w: np.ndarray, out: Place, bias: np.ndarray
 def _apart(numbers: np.ndarray, per_point: int) -> np.ndarray:
     """Numbers of planes, `per_point` for each point, where each point has one more; -1 stays."""
     return np.where(numbers < 0, numbers, numbers + numbers // per_point).astype(np.int32)
+
+
+def _band(rows: int, columns: int, down: int, across: int) -> int:
+    """Rows of tiles at once: those for which the fewest floats come from beyond the second cache.
+
+    These are the weights, once for each band, unless they stay there; and what lies between the steps, written and
+    read, unless a band of it does.
+    """
+    weights, between = _POINTS * rows * columns, _POINTS * (rows + columns) * across
+
+    def streamed(tall: int) -> int:
+        bands = -(-down // tall)
+        again = bands * weights if weights > _CACHED_WEIGHTS else 0
+        return again + (2 * between * down if between * tall > _BAND_FLOATS else 0)
+
+    best = min(range(down, 0, -1), key=streamed)
+    return -(-down // -(-down // best))
 
 
 def _room(name: str, floats: int) -> Storage:
