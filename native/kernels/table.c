@@ -24,6 +24,9 @@ DECLARE(adaptive);
 DECLARE(binary);
 DECLARE(unary);
 DECLARE(softmax);
+DECLARE(norm);
+DECLARE(matmul);
+DECLARE(resize);
 
 #if ESP_WIDTH == 16
 enum { NEEDS = ESP_HAS_AVX512 | ESP_HAS_AVX2 | ESP_HAS_FMA, PRIORITY = 30 };
@@ -56,5 +59,8 @@ const esp_kernel_row ESP_NAME(esp_rows)[] = {
     PLAIN(ESP_BINARY, binary),
     PLAIN(ESP_UNARY, unary),
     PLAIN(ESP_SOFTMAX, softmax),
+    PLAIN(ESP_NORM, norm),
+    PLAIN(ESP_MATMUL, matmul),
+    PLAIN(ESP_RESIZE, resize),
     {0, 0, 0, 0, 0, 0},
 };

@@ -18,6 +18,9 @@ enum esp_op {
     ESP_UNARY, /* scale, shift, activation */
     ESP_SOFTMAX,
     ESP_FILL,
+    ESP_NORM,   /* over the last dimension; act_a is epsilon */
+    ESP_MATMUL, /* of two activations; act_a is a factor */
+    ESP_RESIZE, /* up-sampling, nearest or bilinear */
     ESP_OPS_END,
 };
 

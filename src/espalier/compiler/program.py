@@ -22,7 +22,22 @@ MAGIC = b"ESPALIER"
 STEP_OPS = {
     name: number
     for number, name in enumerate(
-        ("conv", "linear", "copy", "gather", "pool", "adaptive", "binary", "unary", "softmax", "fill"), start=1
+        (
+            "conv",
+            "linear",
+            "copy",
+            "gather",
+            "pool",
+            "adaptive",
+            "binary",
+            "unary",
+            "softmax",
+            "fill",
+            "norm",
+            "matmul",
+            "resize",
+        ),
+        start=1,
     )
 }
 SPACES = {name: number for number, name in enumerate(("nowhere", "arena", "input", "output", "constant"))}
