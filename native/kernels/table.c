@@ -28,6 +28,9 @@ DECLARE(softmax);
 DECLARE(depthwise);
 DECLARE(winograd_in);
 DECLARE(winograd_out);
+DECLARE(norm);
+DECLARE(matmul);
+DECLARE(resize);
 
 #if ESP_WIDTH == 16
 enum { NEEDS = ESP_HAS_AVX512 | ESP_HAS_AVX2 | ESP_HAS_FMA, PRIORITY = 30 };
@@ -64,5 +67,8 @@ const esp_kernel_row ESP_NAME(esp_rows)[] = {
     PLAIN(ESP_DEPTHWISE, depthwise),
     PLAIN(ESP_WINOGRAD_IN, winograd_in),
     PLAIN(ESP_WINOGRAD_OUT, winograd_out),
+    PLAIN(ESP_NORM, norm),
+    PLAIN(ESP_MATMUL, matmul),
+    PLAIN(ESP_RESIZE, resize),
     {0, 0, 0, 0, 0, 0},
 };

@@ -224,6 +224,51 @@ static const char *check_pool(const esp_program *p, const esp_step *s)
     return NULL;
 }
 
+/* The number of elements that an operand describes, no more than its space holds, so that a step's work is bounded. */
+static bool modest(const esp_program *p, const esp_operand *o)
+{
+    int64_t count = 1;
+    for (int d = 0; d < 4; d++)
+        if (__builtin_mul_overflow(count, o->size[d], &count) || count > room(p, o)) return false;
+    return true;
+}
+
+static const char *check_matmul(const esp_program *p, const esp_step *s)
+{
+    const esp_operand *o = &s->out, *a = &s->a, *b = &s->b;
+    if (!readable(p, a) || !readable(p, b) || !modest(p, a) || !modest(p, b)) return "impossible factors";
+    if (s->margins || o->stride[3] != 1 || b->stride[3] != 1 || b->space != ESP_ARENA) return "impossible strides";
+    for (int d = 0; d < 2; d++)
+        if (a->size[d] != o->size[d] || b->size[d] != o->size[d]) return "factors and product disagree";
+    if (a->size[2] != o->size[2] || b->size[3] != o->size[3] || a->size[3] != b->size[2])
+        return "factors and product disagree";
+    return NULL;
+}
+
+static const char *check_norm(const esp_program *p, const esp_step *s)
+{
+    const int64_t width = s->out.size[3];
+    if (!readable(p, &s->a) || !same_sizes(&s->a, &s->out)) return "impossible source";
+    if ((s->values_count && s->values_count != width) || (s->bias_count && s->bias_count != width))
+        return "scale, shift and channels disagree";
+    return NULL;
+}
+
+static const char *check_resize(const esp_program *p, const esp_step *s)
+{
+    const esp_operand *o = &s->out, *a = &s->a;
+    const int64_t padded = (o->size[3] + 15) / 16 * 16, lines = o->size[2] + padded;
+    if (!readable(p, a) || a->size[0] != 1 || o->size[0] != 1 || a->size[1] != o->size[1]) return "impossible source";
+    if (s->index_count != (s->values_count ? 2 : 1) * lines || (s->values_count && s->values_count != lines))
+        return "places, shares and outputs disagree";
+    for (int64_t i = 0; i < s->index_count; i++) {
+        const bool row = i % lines < o->size[2];
+        if (!within(s->index[i], 0, row ? a->size[2] - 1 : (a->size[3] - 1) * a->stride[3]))
+            return "a place lies outside the source";
+    }
+    return NULL;
+}
+
 static const char *check_elements(const esp_program *p, const esp_step *s)
 {
     if (!readable(p, &s->a) || !same_sizes(&s->a, &s->out)) return "impossible source";
@@ -254,6 +299,9 @@ int esp_check_step(const esp_program *program, const esp_step *step, int32_t num
         case ESP_WINOGRAD_OUT: problem = check_winograd_out(program, step); break;
         case ESP_POOL:
         case ESP_ADAPTIVE: problem = check_pool(program, step); break;
+        case ESP_MATMUL: problem = check_matmul(program, step); break;
+        case ESP_NORM: problem = check_norm(program, step); break;
+        case ESP_RESIZE: problem = check_resize(program, step); break;
         case ESP_COPY:
         case ESP_BINARY:
         case ESP_UNARY:

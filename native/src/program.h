@@ -21,6 +21,9 @@ enum esp_op {
     ESP_DEPTHWISE,
     ESP_WINOGRAD_IN, /* before and behind the products of a 3 x 3 window */
     ESP_WINOGRAD_OUT,
+    ESP_NORM,   /* over the last dimension; act_a is epsilon */
+    ESP_MATMUL, /* of two activations; act_a is a factor */
+    ESP_RESIZE, /* up-sampling, nearest or bilinear */
     ESP_OPS_END,
 };
 

@@ -68,6 +68,7 @@ class Everything(nn.Module):
         self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, 2, 1, groups=2)
         self.c, self.d = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding=1)
         self.dw, self.fc = nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Linear(24, 5)
+        self.turn = nn.Linear(4, 8)
 
     def forward(self, x):
         y = self.a(x).sigmoid()
@@ -75,7 +76,10 @@ class Everything(nn.Module):
         y = y + self.d(nn.functional.pad(self.c(x), (4, 4, 4, 4)))[:, :6, 4:15, 4:15]
         y = nn.functional.pad(nn.functional.max_pool2d(self.b(y), 3, 2, 1), (1, 0))
         y = nn.functional.adaptive_avg_pool2d(y * y, 2).flatten(1)
-        return self.fc(y).softmax(1)
+        tokens = torch.nn.functional.layer_norm(self.turn(y.reshape(-1, 6, 4)), (8,))
+        tokens = (tokens @ tokens.transpose(1, 2)).softmax(-1) @ tokens
+        larger = torch.nn.functional.interpolate(tokens.reshape(-1, 6, 2, 4), scale_factor=2, mode="bilinear")
+        return self.fc(y).softmax(1), torch.nn.functional.interpolate(larger, size=(5, 7))
 
 
 @pytest.fixture(scope="module")

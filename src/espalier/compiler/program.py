@@ -36,6 +36,9 @@ STEP_OPS = {
             "depthwise",
             "winograd_in",
             "winograd_out",
+            "norm",
+            "matmul",
+            "resize",
         ),
         start=1,
     )

@@ -45,7 +45,9 @@ class ADMM(Method):
     def penalty(self, targets: list[Target], state: State, progress: Progress) -> Tensor | None:
         """``sum_l sum_r rho/2 ||W_l - Z_lr + U_lr||^2``; the state holds Z - U and U."""
         lanes = [lane for target in targets for lane in target.lanes()]
-        return draw([lane.target.weight for lane in lanes], [state[lane.key("pull")] for lane in lanes], self._rho(progress))
+        return draw(
+            [lane.target.weight for lane in lanes], [state[lane.key("pull")] for lane in lanes], self._rho(progress)
+        )
 
     def step(self, targets: list[Target], state: State, progress: Progress) -> None:
         assert progress.steps is not None
@@ -71,9 +73,7 @@ class ADMM(Method):
                 state[lane.key("u")], state[lane.key("pull")] = u, z - u
 
     def _rho(self, progress: Progress) -> float:
-        return short(self.long, progress) * staircase(
-            self.rho_start, self.rho_end, self.stages, progress.share("admm")
-        )
+        return short(self.long, progress) * staircase(self.rho_start, self.rho_end, self.stages, progress.share("admm"))
 
 
 def short(long: int, progress: Progress) -> float:
