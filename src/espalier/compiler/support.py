@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from espalier.compiler import emit_blocks, emit_depthwise, emit_ops, emit_resize, emit_tokens
+from espalier.compiler import emit_depthwise, emit_ops, emit_resize, emit_tokens
 from espalier.compiler.emit import Emitter
 from espalier.compiler.samples import Samples, follows
 from espalier.compiler.transposed import transposed_as_conv
@@ -207,7 +207,7 @@ def _rewritten(e: Emitter, node: Node) -> None:
 
 
 def _table() -> dict[str, Lowering]:
-    ops, blocks, tokens, resize = emit_ops, emit_blocks, emit_tokens, emit_resize
+    ops, tokens, resize = emit_ops, emit_tokens, emit_resize
     table = {
         "conv": Lowering(emit_depthwise.conv, _conv),
         "linear": Lowering(tokens.linear, _linear),
