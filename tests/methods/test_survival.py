@@ -84,8 +84,8 @@ def test_clipped_and_accumulated_gradients() -> None:
     model, run = finished()
     before = model.conv2.weight.detach().clone()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for step in range(4):
-        for k in range(3):
+    for _ in range(4):
+        for _ in range(3):
             x, y = torch.randn(8, 2, 6, 6), torch.randint(0, 4, (8,))
             (F.cross_entropy(model(x), y) / 3).backward()
             run.add_penalty_gradients()  # nothing any more, once finished

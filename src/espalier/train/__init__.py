@@ -2,12 +2,14 @@
 
 from espalier.train.checkpoint import seed_everything
 from espalier.train.data import DATA, load_data
-from espalier.train.loop import Epoch, History, TrainHooks, fit
+from espalier.train.loop import Epoch, History, fit
 from espalier.train.recipe import Recipe
 from espalier.train.score import Drop, Score, correct, drop, evaluate, recalibrate, recalibrate_if_better
 from espalier.train.sources import SOURCES, Source, download
 from espalier.train.split import Data, Split
+from espalier.train.team import Processes, Team, launch
 from espalier.train.told import Tried
+from espalier.train.worked import TrainHooks
 from espalier.train.zoo import ZOO, Network, build, example_shape, inner_widths, load_weights, read_weights
 
 __all__ = [
@@ -19,10 +21,12 @@ __all__ = [
     "Epoch",
     "History",
     "Network",
+    "Processes",
     "Recipe",
     "Score",
     "Source",
     "Split",
+    "Team",
     "TrainHooks",
     "Tried",
     "build",
@@ -33,6 +37,7 @@ __all__ = [
     "example_shape",
     "fit",
     "inner_widths",
+    "launch",
     "load_data",
     "load_weights",
     "read_weights",
