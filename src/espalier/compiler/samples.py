@@ -9,7 +9,7 @@ leave it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +32,9 @@ class Samples:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     fine: set[str] = field(default_factory=set)
     owners: dict[str, Tensor] = field(default_factory=dict)
+    # how a value was made -> what became of it: the layers of a network are alike
+    origins: dict[str, Hashable] = field(default_factory=dict)
+    seen: dict[Hashable, list[tuple[Tensor, tuple[int, ...]]] | None] = field(default_factory=dict)
 
     def strange(self, node: Node) -> bool:
         """Does the node touch a value whose batch lies elsewhere?"""
@@ -85,27 +88,48 @@ def _keep(graph: Graph, batch: int, found: Samples, name: str, owner: Tensor, sh
 def _moved(graph: Graph, batch: int, found: Samples, node: Node, inputs: list[str]) -> bool:
     if len(inputs) != 1 or len([n for n in node.inputs if n is not None]) != 1:
         return False
-    owner, one = _owner(graph, batch, found, inputs[0]), shape_at_one(graph, found.shapes, inputs[0])
+    origin: Hashable = (_origin(graph, found, inputs[0]), node.op, str(node.attrs))
+    if origin not in found.seen:
+        owner, one = _owner(graph, batch, found, inputs[0]), shape_at_one(graph, found.shapes, inputs[0])
+        found.seen[origin] = _results(node, batch, owner, one)
+    results = found.seen[origin]
+    if results is None:
+        return False
+    for k, (name, (owner, shape)) in enumerate(zip(node.outputs, results)):
+        found.origins[name] = (origin, k)
+        if not _keep(graph, batch, found, name, owner, shape):
+            return False
+    return True
+
+
+def _origin(graph: Graph, found: Samples, name: str) -> Hashable:
+    return found.origins.get(name, name) if name in found.shapes else graph.values[name].shape
+
+
+def _results(
+    node: Node, batch: int, owner: Tensor, one: tuple[int, ...]
+) -> list[tuple[Tensor, tuple[int, ...]]] | None:
+    """For every result: whom its entries belong to, and its shape at a batch of one. None where samples are mixed."""
     size = torch.Size(one).numel()
     numbers = torch.empty(owner.shape, dtype=torch.int64)
     alone = torch.arange(size)
     for sample in range(batch):
         mask = owner == sample
         if int(mask.sum()) != size:
-            return False
+            return None
         numbers[mask] = alone + sample * size
     try:
         whole, single = apply(node, [numbers]), apply(node, [alone.reshape(one)])
     except (RuntimeError, IndexError):
-        return False
+        return None
     wholes, singles = ([x] if isinstance(x, Tensor) else list(x) for x in (whole, single))
-    for name, many, few in zip(node.outputs, wholes, singles):
+    results = []
+    for many, few in zip(wholes, singles):
         belongs = many // size
         if any(not torch.equal(many[belongs == k] - k * size, few.flatten()) for k in range(batch)):
-            return False
-        if not _keep(graph, batch, found, name, belongs, tuple(few.shape)):
-            return False
-    return True
+            return None
+        results.append((belongs, tuple(few.shape)))
+    return results
 
 
 def _linear(graph: Graph, batch: int, found: Samples, node: Node, inputs: list[str]) -> bool:
@@ -118,6 +142,7 @@ def _linear(graph: Graph, batch: int, found: Samples, node: Node, inputs: list[s
         torch.equal(_owner(graph, batch, found, n), owner) and shape_at_one(graph, found.shapes, n) == one
         for n in inputs[1:]
     )
+    found.origins[node.outputs[0]] = (_origin(graph, found, inputs[0]), "linear", shape[-1])
     return alike and _keep(graph, batch, found, node.outputs[0], owner, one)
 
 
@@ -125,6 +150,7 @@ def _layer_norm(graph: Graph, batch: int, found: Samples, node: Node, inputs: li
     owner, one = _owner(graph, batch, found, inputs[0]), shape_at_one(graph, found.shapes, inputs[0])
     if len(inputs) > 1 or len(node.attrs["shape"]) != 1 or bool((owner != owner[..., :1]).any()):
         return False
+    found.origins[node.outputs[0]] = _origin(graph, found, inputs[0])
     return _keep(graph, batch, found, node.outputs[0], owner, one)
 
 
@@ -136,6 +162,7 @@ def _elementwise(graph: Graph, batch: int, found: Samples, node: Node, inputs: l
         torch.equal(_owner(graph, batch, found, n), owner) and shape_at_one(graph, found.shapes, n) == one
         for n in inputs
     )
+    found.origins[node.outputs[0]] = _origin(graph, found, inputs[0])
     return same and _keep(graph, batch, found, node.outputs[0], owner, one)
 
 
