@@ -220,7 +220,11 @@ def _missing(
 
 
 def _rows(
-    probe: Probe, network: str, batch: Sequence[Wanted], profiles: Sequence[Profile], seen: defaultdict[str, list[float]]
+    probe: Probe,
+    network: str,
+    batch: Sequence[Wanted],
+    profiles: Sequence[Profile],
+    seen: defaultdict[str, list[float]],
 ) -> Rows:
     """Table rows of a batch, the medians of what was `seen` so far: of equal layers, and of what every batch holds."""
     # Milliseconds are all that a shelf holds, and an overhead may be below zero: it is kept beside the steps' sum.
