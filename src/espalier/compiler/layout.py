@@ -19,7 +19,7 @@ import torch
 from espalier.compiler.program import Four, Operand, Space, dense_strides
 from espalier.graph.ir import Graph, Node
 
-# Planes of so many floats begin with a cache line, so that vectors do not lie in two; and in different sets of the cache.
+# Planes of so many floats begin with a cache line, so that no vector lies in two; and in different sets of the cache.
 _WHOLE_LINES, _ODD_LINES = 48, 144
 _BATCH_STRIDE = 1 << 50  # of the batch dimension while views are worked out; no sample is as large
 
