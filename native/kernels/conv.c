@@ -2,6 +2,7 @@
  *
  * Each activation vector is loaded once for m rows, each weight broadcast once for v vectors. The order in which columns
  * are added does not depend on tile, thread or segment, so results do not either. */
+#include <math.h>
 #include <stdbool.h>
 
 #include "activate.h"
@@ -21,6 +22,32 @@ typedef struct {
     int64_t columns, height;
 } block;
 
+/* Residual and activation of M rows at V vectors, and every row where it belongs. With clamp, kind is no activation or
+ * a clamp between low and high; without, any. */
+ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool add, const block *b, vec acc[8][8],
+    int64_t out_at, int64_t res_at, int last, float low, float high)
+{
+    const esp_step *s = b->step;
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+        const int64_t row = b->rows[m];
+        if (row < 0) continue;
+        float *out = b->out + row * s->out.stride[1] + out_at;
+        const float *residual = add ? b->residual + row * s->b.stride[1] + res_at : NULL;
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) {
+            const bool part = v == V - 1 && last < ESP_WIDTH;
+            vec y = acc[m][v];
+            if (add) y += part ? load_part(residual + v * ESP_WIDTH, last) : load(residual + v * ESP_WIDTH);
+            y = clamp ? vmin(splat(high), vmax(splat(low), y)) : activate(y, s->activation, low, high);
+            if (part)
+                store_part(out + v * ESP_WIDTH, y, last);
+            else
+                store(out + v * ESP_WIDTH, y);
+        }
+    }
+}
+
 /* M rows at V vectors of pixels; `last` lanes of the last vector count. */
 ESP_INLINE void tile(const int M, const int V, const block *b, int64_t in_at, int64_t out_at, int64_t res_at, int last)
 {
@@ -30,9 +57,13 @@ ESP_INLINE void tile(const int M, const int V, const block *b, int64_t in_at, in
     vec acc[8][8];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-        float bias = s->bias && b->rows[m] >= 0 ? s->bias[b->rows[m]] : 0.0f;
+        const int64_t row = b->rows[m] < 0 ? 0 : b->rows[m];
+        const float bias = s->bias ? s->bias[row] : 0.0f;
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) acc[m][v] = splat(bias);
+        for (int v = 0; v < V; v++) {
+            acc[m][v] = splat(bias);
+
+        }
     }
     const int64_t height = b->height;
     for (int64_t j = 0; j < b->columns; j++, values += height) {
@@ -47,24 +78,17 @@ ESP_INLINE void tile(const int M, const int V, const block *b, int64_t in_at, in
             for (int v = 0; v < V; v++) acc[m][v] += w * pixels[v];
         }
     }
-    const int kind = s->activation;
-    const float a = s->act_a, c = s->act_b;
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-        int64_t row = b->rows[m];
-        if (row < 0) continue;
-        float *out = b->out + row * s->out.stride[1] + out_at;
-        const float *residual = b->residual ? b->residual + row * s->b.stride[1] + res_at : NULL;
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++) {
-            vec y = acc[m][v];
-            if (residual) y += load(residual + v * ESP_WIDTH);
-            y = activate(y, kind, a, c);
-            if (v < V - 1 || last == ESP_WIDTH)
-                store(out + v * ESP_WIDTH, y);
-            else
-                store_part(out + v * ESP_WIDTH, y, last);
-        }
+    const bool clamps = s->activation == ESP_CLAMP;
+    const float low = s->activation ? s->act_a : -INFINITY, high = s->activation ? s->act_b : INFINITY;
+    if (clamps || s->activation == ESP_LINEAR_ACT) {
+        if (b->residual)
+            finish(M, V, true, true, b, acc, out_at, res_at, last, low, high);
+        else
+            finish(M, V, true, false, b, acc, out_at, res_at, last, low, high);
+    } else if (b->residual) {
+        finish(M, V, false, true, b, acc, out_at, res_at, last, low, high);
+    } else {
+        finish(M, V, false, false, b, acc, out_at, res_at, last, low, high);
     }
 }
 

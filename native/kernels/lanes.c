@@ -129,7 +129,7 @@ static void finish(const band *b, const float *sums)
                 for (int r = 0; r < ESP_WIDTH; r++) {
                     if (rows[r] < 0) continue;
                     vec z = v[r];
-                    if (b->residual) z += load(b->residual + rows[r] * s->b.stride[1] + y * p[CONV_RESIDUAL_STRIDE] + x);
+                    if (b->residual) z += load_part(b->residual + rows[r] * s->b.stride[1] + y * p[CONV_RESIDUAL_STRIDE] + x, count);
                     store_part(b->out + rows[r] * s->out.stride[1] + y * p[CONV_OUT_STRIDE] + x,
                         activate(z, s->activation, s->act_a, s->act_b), count);
                 }

@@ -96,10 +96,10 @@ ESP_INLINE void finish(
     row[2] = first_lanes(high, high_odd);
     row[3] = last_lanes(high, high_odd);
     for (int v = 0; v < 4 && count > 0; v++, count -= ESP_WIDTH) {
+        const int lanes = count < ESP_WIDTH ? (int)count : ESP_WIDTH;
         vec z = row[v] + bias;
-        if (residual) z += load(residual + v * ESP_WIDTH);
-        z = activate(z, s->activation, s->act_a, s->act_b);
-        store_part(to + v * ESP_WIDTH, z, count < ESP_WIDTH ? (int)count : ESP_WIDTH);
+        if (residual) z += load_part(residual + v * ESP_WIDTH, lanes);
+        store_part(to + v * ESP_WIDTH, activate(z, s->activation, s->act_a, s->act_b), lanes);
     }
 }
 

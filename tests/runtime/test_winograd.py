@@ -31,7 +31,7 @@ class Residual(nn.Module):
 @pytest.mark.parametrize("size", [(5, 6), (12, 12), (13, 14), (15, 17), (16, 65), (33, 64), (70, 13)], ids=str)
 def test_planes_around_whole_tiles(isa, size, check_network) -> None:
     executable = check_network(Residual(33, 48), (33, *size))
-    assert [row.op for row in executable.describe()].count("winograd_out") >= 2  # wide planes go in bands
+    assert [row.op for row in executable.describe()].count("winograd_out") >= 2
 
 
 def test_bands_of_tile_rows(isa, check_network, monkeypatch) -> None:

@@ -9,7 +9,7 @@ from espalier.compiler.depth_first import depth_first
 from espalier.compiler.emit import Emitter
 from espalier.compiler.fuse import fold_constants, fuse
 from espalier.compiler.layout import Place, plan_layout
-from espalier.compiler.memory import Interval, allocate
+from espalier.compiler.memory import Interval, allocate, in_place
 from espalier.compiler.program import Operand, Program, Step, TensorSpec, dense_strides
 from espalier.compiler.samples import follows, track
 from espalier.compiler.support import LOWERINGS, why_not
@@ -150,6 +150,8 @@ def _program(graph: Graph, batch: int) -> Program:
 
 def _in_arena(e: Emitter) -> tuple[tuple[Step, ...], int]:
     """Steps whose operands lie in one arena, and its size in bytes."""
+    renamed = in_place(e.steps, {name: s.size_bytes for name, s in e.storages.items()})
+    e.steps = [_with_storages(step, renamed) for step in e.steps]
     alive: dict[str, tuple[int, int]] = {}
     for number, step in enumerate(e.steps):
         for name in _storages(step):
@@ -163,6 +165,13 @@ def _in_arena(e: Emitter) -> tuple[tuple[Step, ...], int]:
 
     steps = [replace(s, out=settled(s.out), a=settled(s.a), b=settled(s.b)) for s in e.steps]
     return tuple(steps), arena.size_bytes
+
+
+def _with_storages(step: Step, renamed: dict[str, str]) -> Step:
+    out, a, b = (
+        replace(o, storage=renamed[o.storage]) if o.storage in renamed else o for o in (step.out, step.a, step.b)
+    )
+    return replace(step, out=out, a=a, b=b)
 
 
 def _storages(step: Step) -> Iterable[str]:
