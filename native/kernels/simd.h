@@ -88,6 +88,28 @@ ESP_INLINE vec load_lanes(const float *p, lanes which)
 #endif
 }
 
+/* the first n lanes, 0 <= n <= ESP_WIDTH, zeros behind them; nothing else is read */
+ESP_INLINE vec load_part(const float *p, int n)
+{
+#if ESP_WIDTH >= 8
+    return load_lanes(p, lanes_between(0, n));
+#else
+    vec v = {0};
+    for (int i = 0; i < n; i++) v[i] = p[i];
+    return v;
+#endif
+}
+
+/* which ? a : b, lane by lane */
+ESP_INLINE vec choose_lanes(lanes which, vec a, vec b)
+{
+#if ESP_WIDTH == 16
+    return (vec)_mm512_mask_blend_ps(which, (__m512)b, (__m512)a);
+#else
+    return choose((ivec)which, a, b);
+#endif
+}
+
 /* lanes 0, 2, 4, ... and 1, 3, 5, ... of a and b behind one another */
 #if ESP_WIDTH == 16
 ESP_INLINE vec even(vec a, vec b)
