@@ -88,6 +88,28 @@ ESP_INLINE vec load_lanes(const float *p, lanes which)
 #endif
 }
 
+/* the first n lanes, 0 <= n <= ESP_WIDTH, zeros behind them; nothing else is read */
+ESP_INLINE vec load_part(const float *p, int n)
+{
+#if ESP_WIDTH >= 8
+    return load_lanes(p, lanes_between(0, n));
+#else
+    vec v = {0};
+    for (int i = 0; i < n; i++) v[i] = p[i];
+    return v;
+#endif
+}
+
+/* which ? a : b, lane by lane */
+ESP_INLINE vec choose_lanes(lanes which, vec a, vec b)
+{
+#if ESP_WIDTH == 16
+    return (vec)_mm512_mask_blend_ps(which, (__m512)b, (__m512)a);
+#else
+    return choose((ivec)which, a, b);
+#endif
+}
+
 /* lanes 0, 2, 4, ... and 1, 3, 5, ... of a and b behind one another */
 #if ESP_WIDTH == 16
 ESP_INLINE vec even(vec a, vec b)
@@ -111,21 +133,6 @@ ESP_INLINE vec odd(vec a, vec b) { return in_order(_mm256_shuffle_ps((__m256)a, 
 ESP_INLINE vec even(vec a, vec b) { return (vec){a[0], a[2], b[0], b[2]}; }
 ESP_INLINE vec odd(vec a, vec b) { return (vec){a[1], a[3], b[1], b[3]}; }
 #endif
-
-/* the first n lanes, 1 <= n <= ESP_WIDTH, and zeros */
-ESP_INLINE vec load_part(const float *p, int n)
-{
-#if ESP_WIDTH == 16
-    return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
-#elif ESP_WIDTH == 8
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return (vec)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
-#else
-    vec v = {0};
-    for (int i = 0; i < n; i++) v[i] = p[i];
-    return v;
-#endif
-}
 
 /* p[index[0]], p[index[1]], ... */
 ESP_INLINE vec gather(const float *p, const int32_t *index)

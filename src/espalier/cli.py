@@ -133,6 +133,7 @@ def bench_command(
     scheme: str = "block_punched",
     batch: int = 1,
     rounds: int = 30,
+    tune: bool = False,
 ) -> None:
     """Time a network on the engine, beside other engines in the same run.
 
@@ -144,6 +145,7 @@ def bench_command(
         scheme: the scheme to cut it by
         batch: samples at once
         rounds: measurements of each engine
+        tune: measure on this machine which format runs each layer fastest, instead of estimating
     """
     names = [name.strip() for name in against.split(",") if name.strip()]
     rivals = {name: rival(name) for name in names}
@@ -152,7 +154,7 @@ def bench_command(
     if density is not None:
         module = _cut(module, example, density, scheme)
     torch.set_num_threads(threads)
-    program = compile(module, example, threads=threads)
+    program = compile(module, example, threads=threads, tune=tune)
     candidates: dict[str, Callable[[], object]] = {"espalier": lambda: program(example)}
     if density is not None:
         whole = compile(dense, example, threads=threads)

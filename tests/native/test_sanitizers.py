@@ -68,12 +68,22 @@ def strided() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 9, 7, 2, 3), nn.MaxPool2d(3, 2, 1), nn.Conv2d(9, 4, 1, 2))
 
 
+class Pools(nn.Module):
+    """Every window of native/kernels/pool.c, from inputs, from planes with margins, into outputs."""
+
+    def forward(self, x):
+        small = [(2, 1, 0), (2, 2, 0), (3, 1, 1), (3, 2, 1), (5, 1, 2), (4, 3, 1)]
+        made = [pool(x, *window) for window in small for pool in (F.max_pool2d, F.avg_pool2d)]
+        return *made, x.softmax(-1), x.mean((2, 3)), F.adaptive_avg_pool2d(x, 3), x * x[:, :, :, 2:3]
+
+
 NETWORKS = {
     "everything": (Everything, (3, 13, 12)),
     "sparse": (lambda: sparse(nn.Sequential(nn.Conv2d(8, 37, 3, padding=1), nn.Conv2d(37, 5, 1)), 0.2), (8, 15, 17)),
     "windows": (windows, (4, 43, 57)),
     "groups": (lambda: inverted(44, 2), (4, 30, 31)),
     "strided": (strided, (3, 33, 31)),
+    "pools": (Pools, (3, 19, 43)),
     "tokens": (lambda: nn.Sequential(nn.Linear(12, 33), nn.GELU(), nn.Linear(33, 12)), (7, 12)),
     "heavy": (lambda: nn.Sequential(nn.Linear(70, 3900), nn.ReLU(), nn.Linear(3900, 70)), (70,)),
     "line": (lambda: nn.Sequential(nn.Conv1d(4, 8, 5, 2, 2), nn.Conv1d(8, 8, 3, padding=1, groups=8)), (4, 50)),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,11 +30,54 @@ class Choice:
     reason: str
 
 
+# (matrix, op) -> the name of a format, one of `formats`; None to leave it to the estimate.
+Chooser = Callable[[np.ndarray, str], str | None]
+_chooser: ContextVar[Chooser | None] = ContextVar("chooser", default=None)
+
+
+@contextmanager
+def choosing(chooser: Chooser | None) -> Iterator[None]:
+    """While it lasts, `chooser` decides for all that this thread compiles: whoever can measure is above this room."""
+    before = _chooser.set(chooser)
+    try:
+        yield
+    finally:
+        _chooser.reset(before)
+
+
+def formats(matrix: np.ndarray, op: str) -> tuple[str, ...]:
+    """The formats that `matrix` can be stored in: dense, and blocks of every height that is not too tall.
+
+    >>> formats(np.eye(4, dtype=np.float32), "conv")
+    ('dense/4', 'blocks/1', 'blocks/2', 'blocks/4')
+    """
+    costs = CONV_COST if op == "conv" else LINEAR_COST
+    heights = [h for h in costs if h == 1 or h < 2 * matrix.shape[0]]
+    return (f"dense/{max(heights)}", *[f"blocks/{h}" for h in heights])
+
+
+def stored(matrix: np.ndarray, name: str, reason: str) -> Choice:
+    """`matrix` in the format of that name."""
+    kind, height = name.split("/")
+    blocks = _dense(matrix, int(height)) if kind == "dense" else pack(matrix, int(height))
+    return Choice(blocks, name, reason)
+
+
 def choose(matrix: np.ndarray, op: str) -> Choice:
-    """Row-blocks of `matrix` [rows, columns] in the height that should run fastest.
+    """Row-blocks of `matrix` [rows, columns] in the format that was chosen for it, or that should run fastest.
 
     op: "conv" (cost is arithmetic) or "linear" (cost is reading the weights).
     """
+    chooser = _chooser.get()
+    name = chooser(matrix, op) if chooser else None
+    if name is None:
+        return _estimated(matrix, op)
+    density = np.count_nonzero(matrix) / max(1, matrix.size)
+    return stored(matrix, name, f"density {density:.2f}, fastest of those measured here")
+
+
+def _estimated(matrix: np.ndarray, op: str) -> Choice:
+    """By the costs above."""
     costs = CONV_COST if op == "conv" else LINEAR_COST
     rows = matrix.shape[0]
     heights = [h for h in costs if h == 1 or h < 2 * rows]

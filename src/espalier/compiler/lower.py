@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from espalier.compiler.depth_first import depth_first
@@ -64,6 +64,24 @@ def split(graph: Graph) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
+def native_nodes(graph: Graph) -> Iterator[tuple[Graph, Node]]:
+    """The conv and linear nodes that the engine will run, each with the fused graph that it is part of."""
+    for piece in split(graph):
+        if piece.program is not None:
+            part = depth_first(fuse(piece.graph))
+            yield from ((part, node) for node in part.nodes if node.op in ("conv", "linear"))
+
+
+def alone(graph: Graph, node: Node) -> Graph:
+    """The graph of one node of a fused graph."""
+    return _subgraph(replace(graph, outputs=()), [node], node.outputs)
+
+
+def program_of(graph: Graph) -> Program:
+    """The program of a fused graph that the engine can run as it is."""
+    return _program(graph, batch_of(graph))
+
+
 def batch_of(graph: Graph) -> int:
     """Size of dimension 0 of the inputs at which the graph was captured; 0 where there is none."""
     shapes = [graph.values[name].shape for name in graph.inputs if graph.values[name].shape]
@@ -101,13 +119,13 @@ def _runs(graph: Graph, reasons: dict[str, str]) -> list[tuple[bool, list[Node]]
     return runs
 
 
-def _subgraph(graph: Graph, nodes: Sequence[Node]) -> Graph:
+def _subgraph(graph: Graph, nodes: Sequence[Node], kept: Sequence[str] = ()) -> Graph:
     """The graph of some nodes: inputs are what they read from outside, outputs what is read outside."""
     inside = {node.name for node in nodes}
     made = {name for node in nodes for name in node.outputs}
     read = [name for node in nodes for name in node.inputs if name is not None]
     readers = graph.readers()
-    wanted = set(graph.outputs)
+    wanted = {*graph.outputs, *kept}
     outputs = [n for n in made if n in wanted or any(r.name not in inside for r in readers[n])]
     order = {name: k for k, name in enumerate(n for node in nodes for n in node.outputs)}
     outputs.sort(key=order.__getitem__)
