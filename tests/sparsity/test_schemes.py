@@ -179,3 +179,12 @@ def test_unfit_blocks_are_named_with_what_would_fit() -> None:
     assert reason is not None and "m=8, n=3" in reason
     assert unfit(scheme("pattern"), Site("fc.weight", "linear", (16, 3))) is not None
     assert unfit(scheme("filter", 0.5), Site("fc.weight", "linear", (16, 3))) is None
+
+
+def test_edge_blocks_are_judged_by_weight() -> None:
+    """Ten equal rows in blocks of 8 x 4: the two rows of the edge blocks are as good as the others."""
+    torch.manual_seed(5)
+    w = torch.randn(10, 64)
+    mask = scheme("block_punched", 0.5).mask(w)
+    assert mask[8:].any() and 0.2 < float(mask[8:].float().mean()) < 0.8
+    assert abs(float(mask.float().mean()) - 0.5) <= 32 / 640

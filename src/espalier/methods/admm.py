@@ -15,8 +15,6 @@ from espalier.methods.base import Method, Progress, State, draw
 from espalier.methods.ramps import staircase
 from espalier.methods.targets import Target, judged
 
-MOST = 30.0
-
 
 @final
 @dataclass(frozen=True)
@@ -25,16 +23,12 @@ class ADMM(Method):
 
     stages: rho climbs from `rho_start` to `rho_end` in so many equal factors, one after the other; Z and U start afresh
         in each. The defaults, 1e-4 to 1e-1 times 10 in four stages, are those of the group's public code.
-    long: in runs of fewer steps rho is higher in proportion, at most `MOST` times, since what counts is the product of
-        rho, learning rate and steps (our reading).
-    updates: how many times Z and U are updated in a run; the papers do it every few epochs.
     """
 
     rho_start: float = 1e-4
     rho_end: float = 1e-1
     stages: int = 4
     updates: int = 40
-    long: int = 10_000
 
     def begin(self, targets: list[Target], progress: Progress) -> State:
         progress.share("admm")  # fails early when the length is unknown
@@ -73,9 +67,4 @@ class ADMM(Method):
                 state[lane.key("u")], state[lane.key("pull")] = u, z - u
 
     def _rho(self, progress: Progress) -> float:
-        return short(self.long, progress) * staircase(self.rho_start, self.rho_end, self.stages, progress.share("admm"))
-
-
-def short(long: int, progress: Progress) -> float:
-    """How many times fewer steps than `long` a run has, from 1 to `MOST`."""
-    return min(MOST, max(1.0, long / max(1, progress.steps or long)))
+        return staircase(self.rho_start, self.rho_end, self.stages, progress.share("admm"))

@@ -5,17 +5,19 @@ min f(W) + sum_r lambda_g ||W_g||:   W <- SGD on f + rho/2 sum_r ||W - Z_r||^2, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from espalier.methods.admm import short
-from espalier.methods.base import Method, Progress, State, draw
+from espalier.methods.base import Method, Progress, State
 from espalier.methods.ramps import ramp, staircase
 from espalier.methods.targets import Lane, Target, freeze, judged
 from espalier.sparsity import Frozen
+
+SOFT = 0.3  # of the threshold's pull on the groups that live, at the start
 
 
 @final
@@ -23,28 +25,30 @@ from espalier.sparsity import Frozen
 class PrimalProximal(Method):
     """SS-Auto (arXiv 2001.08839): one copy of the weights for each rule, and a group soft threshold on each copy.
 
-    ``Z_g = max(0, 1 - lambda_g / (rho ||W_g||)) W_g`` with ``lambda_g / rho = threshold / (||W_g||^2 + eps)``, where the
-    norms are in relation to their root mean square in the layer, and the weighting is refreshed at `milestones`: groups
-    that matter are hardly penalised. For other snaps than zero the same happens to what a snap takes away. Of a group
+    ``Z_g = max(0, 1 - lambda_g / (rho ||W_g||)) W_g`` with ``lambda_g / rho = threshold / (||W_g||^2 + eps)``, where
+    the norms are in relation to their root mean square in the layer, and the weighting is refreshed at `milestones`:
+    groups that matter are hardly penalised. For other snaps than zero the same happens to what a snap takes away. Of a group
     that Z has lost the final mask loses all: rows of one copy and columns of the other.
+
+    Our reading: towards `until` the threshold turns from soft to hard, so that the groups that live get back their size.
 
     threshold: where a rule has no density, lambda / rho once the ramp is over; the densities come out.
     until: the share of the run after which threshold or density is reached. Where a rule has a density, lambda is
         steered: at each update it is the one that leaves as many groups alive as the ramp wants.
-    rho_start, rho_end, stages, long: the strength of the pull towards Z climbs as in `ADMM`.
+    rho_start, rho_end: the pull towards the mean of the copies, decoupled from the optimizer (as in AdamW), so that it
+        is stable with any and does not end where a schedule ends; in factors of e per length of the run, growing
+        exponentially.
     updates: of Z in a run. milestones: how often the weighting is made anew.
     All defaults are our reading: the paper gives none.
     """
 
-    threshold: float = 0.05
+    threshold: float = 0.3
     until: float = 0.6
-    rho_start: float = 1e-3
-    rho_end: float = 1e-1
-    stages: int = 4
+    rho_start: float = 10.0
+    rho_end: float = 100.0
     updates: int = 60
-    milestones: int = 6
+    milestones: int = 20
     eps: float = 1e-2
-    long: int = 10_000
 
     def begin(self, targets: list[Target], progress: Progress) -> State:
         progress.share("primal_proximal")
@@ -52,15 +56,12 @@ class PrimalProximal(Method):
         self._update(targets, state, 0.0, refresh=True)
         return state
 
-    def penalty(self, targets: list[Target], state: State, progress: Progress) -> Tensor | None:
-        """``sum_l sum_r rho/2 ||W_l - Z_lr||^2``."""
-        lanes = [lane for target in targets for lane in target.lanes()]
-        rho = staircase(self.rho_start, self.rho_end, self.stages, progress.share("primal_proximal"))
-        rho *= short(self.long, progress)
-        return draw([lane.target.weight for lane in lanes], [state[lane.key("z")] for lane in lanes], rho)
-
     def step(self, targets: list[Target], state: State, progress: Progress) -> None:
         assert progress.steps is not None
+        rate = staircase(self.rho_start, self.rho_end, progress.steps + 1, progress.share("primal_proximal"))
+        pull = 1 - math.exp(-rate / progress.steps)
+        for target in targets:
+            target.weight.lerp_(state[f"{target.site}/z"].to(target.weight.dtype), pull)
         every = max(1, progress.steps // self.updates)
         if progress.step % every:
             return
@@ -88,13 +89,19 @@ class PrimalProximal(Method):
             by = judged([lane.target for lane in lanes], weights, r)
             for lane in lanes:
                 w = weights[lane.target.site]
-                norms = lane.sum(lane.outside(by[lane.target.site]).square()).sqrt()
+                norms = lane.mean(lane.outside(by[lane.target.site]).square()).sqrt()
                 norms = norms / norms.square().mean().sqrt().clamp_min(1e-30)
                 if refresh:
                     state[lane.key("a")] = 1 / (norms.square() + self.eps)
                 a = state[lane.key("a")]
-                shrunk = (1 - self._threshold(lane, norms / a, share) * a / norms.clamp_min(1e-30)).clamp_min(0)
+                soft = SOFT * max(0.0, 1 - share)
+                reach = norms / a
+                shrunk = 1 - self._threshold(lane, reach, share) / reach.clamp_min(1e-30)
+                shrunk = torch.where(shrunk > 0, 1 - soft * (1 - shrunk), 0)
                 state[lane.key("z")] = torch.lerp(lane.nearest(w), w, lane.spread(shrunk))
+        for target in targets:
+            copies = [state[lane.key("z")] for lane in target.lanes()]
+            state[f"{target.site}/z"] = torch.stack(copies).mean(0) if len(copies) > 1 else copies[0]
 
     def _threshold(self, lane: Lane, reach: Tensor, share: float) -> float:
         """lambda / rho: a group dies when its `reach`, its norm over its weighting, is not above it."""

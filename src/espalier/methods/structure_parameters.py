@@ -29,14 +29,14 @@ class StructureParameters(Method):
 
     The module's own parameter always holds what the network uses, nu(a) W, so that checkpoints, copies, clipping and
     compilation see an ordinary weight, and folding at the end is exact. After each optimizer step its move D is shared
-    out: ``da_g = (sum over g of W D) / scale``, straight through the threshold, and W such that what is alive moves by D
-    as the optimizer wants (with the chain rule's ``dW = a D`` the step of a group would grow with a squared). Pruned
+    out: ``da_g = (mean over g of W D) / scale``, straight through the threshold, and W such that what is alive moves by
+    D as the optimizer wants (with the chain rule's ``dW = a D`` the step of a group would grow with a squared). Pruned
     groups move by their a alone and can come back. Our reading: a starts at the group's norm in relation to the root
     mean square of its layer, so that it is 1 on average and a trained network hands on what it knows; `scale` is that
     mean square, so that a stays in this unit. Weight decay on W is the optimizer's.
 
     kind: "weight_decay" (``a <- (1 - s) a``), "l1" (``a <- a - s sign a``), or "fixed" (no decay).
-    decay: the total of s over a run.
+    decay: the total of s over a run; by default 1 where a rule has no density, 0.3 where it has one.
     eps: threshold on |a| where a rule has no density: the densities come out ("fixed" then prunes nothing). Where it
         has one, the threshold is the one that leaves as many groups as a cubic ramp wants.
     until: the share of the run after which the ramp is over. updates: of thresholds and patterns in a run.
@@ -45,9 +45,9 @@ class StructureParameters(Method):
     """
 
     kind: str = "weight_decay"
-    decay: float = 0.3
+    decay: float | None = None
     until: float = 0.7
-    eps: float = 0.1
+    eps: float = 0.5
     updates: int = 100
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class StructureParameters(Method):
         for target in targets:
             w = target.weight.detach().float()
             for lane in _pruning(target):
-                squares = lane.sum(w.square())
+                squares = lane.mean(w.square())
                 scale = squares.mean().clamp_min(1e-30)
                 state[lane.key("scale")], state[lane.key("a")] = scale, (squares / scale).sqrt().clamp_min(LEAST)
                 state[lane.key("alive")] = torch.ones_like(squares, dtype=torch.bool)
@@ -88,7 +88,7 @@ class StructureParameters(Method):
                 if lane.prunes:
                     a, alive = state[lane.key("a")], state[lane.key("alive")]
                     spreads.append(lane.spread(a * alive if lane.open else a))
-                    by[target.site].append(_scores(lane, a))
+                    by[target.site].append(lane.spread(a))
                     found[target.site].append(alive if lane.open else None)
                 else:
                     by[target.site].append(_product(w, spreads))
@@ -109,29 +109,29 @@ class StructureParameters(Method):
         along, after = w * move, before + move
         for k, (lane, living) in enumerate(zip(lanes, alive)):
             a = state[lane.key("a")]
-            moved = a + lane.sum(_product(along, spreads[:k] + spreads[k + 1 :])) / state[lane.key("scale")]
+            moved = a + lane.mean(_product(along, spreads[:k] + spreads[k + 1 :])) / state[lane.key("scale")]
             stuck = living & (moved * a.sign() < LEAST)  # what lives passes zero only by dying first
             a.copy_(torch.where(stuck, a.sign() * LEAST, moved))
         factor = _product(torch.ones_like(w), [lane.spread(state[lane.key("a")] * n) for lane, n in zip(lanes, alive)])
         w.copy_(torch.where(factor != 0, after / factor, w))
         for lane in lanes:
-            a = state[lane.key("a")]
+            a, decay = state[lane.key("a")], (1.0 if lane.open else 0.3) if self.decay is None else self.decay
             if self.kind == "weight_decay":
-                a.mul_(math.exp(-self.decay * dt))
+                a.mul_(math.exp(-decay * dt))
             elif self.kind == "l1":
-                a.copy_(a.sign() * (a.abs() - self.decay * dt).clamp_min(LEAST))
+                a.copy_(a.sign() * (a.abs() - decay * dt).clamp_min(LEAST))
 
     def _choose(self, targets: list[Target], state: State, share: float) -> None:
         """Which groups are above the threshold, and which positions patterns and N:M leave."""
         for r in range(max((len(t.scheme.rules) for t in targets), default=0)):
             lanes = [t.lanes()[r] for t in targets if r < len(t.scheme.rules)]
-            pruning = {lane.target.site: _scores(lane, state[lane.key("a")]) for lane in lanes if lane.prunes}
+            pruning = {lane.target.site: lane.spread(state[lane.key("a")]) for lane in lanes if lane.prunes}
             by = judged([lane.target for lane in lanes if lane.prunes], pruning, r)
             for lane in lanes:
                 if lane.prunes:
                     a = state[lane.key("a")].abs()
                     if by[lane.target.site] is not pruning[lane.target.site]:
-                        a = lane.sum(by[lane.target.site].square())
+                        a = lane.mean(by[lane.target.site].square())
                     state[lane.key("alive")] = self._alive(lane, a, share)
                 elif not lane.rule.snap.ties:
                     w = state[f"{lane.target.site}/w"]
@@ -152,12 +152,6 @@ def _used(target: Target, state: State) -> Tensor:
     used = _product(state[f"{target.site}/w"], spreads)
     support = state.get(f"{target.site}/support")
     return used if support is None else used * support
-
-
-def _scores(lane: Lane, a: Tensor) -> Tensor:
-    """Scores of the weight's shape whose norm in each group is |a|."""
-    sizes = lane.rule.structure.group_sizes(lane.target.weight.shape, lane.target.conv_groups).to(a.device)
-    return lane.spread(a / sizes.sqrt())
 
 
 def _pruning(target: Target) -> list[Lane]:

@@ -58,6 +58,11 @@ class Lane:
         """Whole groups become zero (not patterns, N:M or ties)."""
         return isinstance(self.rule.snap, Zero)
 
+    @property
+    def sizes(self) -> Tensor:
+        """How many weights each group holds, ``[groups]`` on the CPU."""
+        return self.rule.structure.group_sizes(self.target.weight.shape, self.target.conv_groups)
+
     def key(self, name: str) -> str:
         """The name of a tensor of this lane in a run's state."""
         return f"{self.target.site}/{name}{self.r}"
@@ -70,13 +75,16 @@ class Lane:
         """`w` with every group snapped."""
         if self.prunes:
             return torch.zeros_like(w)
-        count = len(self.rule.structure.group_sizes(w.shape, self.target.conv_groups))
-        every = torch.ones(count, dtype=torch.bool, device=w.device)
+        every = torch.ones(len(self.sizes), dtype=torch.bool, device=w.device)
         return self.rule.snap.apply(w, self.rule.structure, self.target.conv_groups, every)
 
     def sum(self, w: Tensor) -> Tensor:
         """The sum of every group, ``[groups]``."""
         return self.rule.structure.sum(w, self.target.conv_groups)
+
+    def mean(self, w: Tensor) -> Tensor:
+        """The mean of every group, ``[groups]``: edge blocks hold fewer weights than others."""
+        return self.sum(w) / self.sizes.to(w.device)
 
     def spread(self, vector: Tensor) -> Tensor:
         """``[groups]`` -> shape of the weight: every entry holds its group's number."""
@@ -123,11 +131,13 @@ def freeze(
     targets: Sequence[Target],
     by: Mapping[str, Sequence[Tensor]] | None = None,
     found: Mapping[str, Sequence[Tensor | None]] | None = None,
+    schemes: Mapping[str, Scheme] | None = None,
 ) -> dict[str, Frozen]:
     """The support of every target, from now on fixed.
 
     by: site -> for every rule the scores (shape of the weight) that it chooses by; the weights themselves by default.
     found: site -> for every rule that had no density to keep the groups that live (bool ``[groups]``), else None.
+    schemes: site -> another scheme than the target's, with the same rules at other densities (on the way there).
     """
     depth = max((len(t.scheme.rules) for t in targets), default=0)
     weights = {t.site: t.weight.detach() for t in targets}
@@ -142,8 +152,9 @@ def freeze(
         for lane, living in zip(target.lanes(), (found or {}).get(target.site, [])):
             if living is not None:
                 alive &= lane.spread(living)
-        scores = [s if s is None else s.masked_fill(~alive, 0) for s in chosen[target.site]]
-        frozen = target.scheme.freeze(weights[target.site].masked_fill(~alive, 0), target.conv_groups, scores)
+        masked = [s if s is None else s.masked_fill(~alive, 0) for s in chosen[target.site]]
+        scheme = schemes[target.site] if schemes else target.scheme
+        frozen = scheme.freeze(weights[target.site].masked_fill(~alive, 0), target.conv_groups, masked)
         made[target.site] = replace(frozen, mask=frozen.mask & alive)
     return made
 

@@ -155,14 +155,17 @@ class Scheme:
 
 
 def _highest(loss: Tensor, sizes: Tensor, share: float) -> Tensor:
-    """The groups with the highest loss that together hold `share` of all entries, to within one group.
+    """The groups with the highest loss by weight that together hold `share` of all weights, to within one group.
 
     loss, sizes: ``[groups]``; a group of size 0 never counts. At least one group stays unless the share is 0.
+    Edge blocks hold fewer weights than others: by their loss alone they would always go first, and with them the last
+    answers of a classifier.
     """
     full = sizes == sizes.max()
     if bool(full.all()):
         count = 0 if share <= 0 else min(loss.numel(), max(1, math.floor(share * loss.numel() + 0.5)))
-    else:  # edge blocks hold fewer weights than others: count weights, not groups
+    else:  # edge blocks: count weights, not groups
+        loss = loss / sizes.clamp_min(1)
         held = sizes[loss.argsort(descending=True, stable=True)].cumsum(0)
         wanted = share * float(held[-1])
         count = int((held <= wanted + 0.5 * float(sizes.max())).sum()) if share < 1 else int((sizes > 0).sum())
