@@ -60,9 +60,7 @@ class Scripted:
         network, data = build("lenet_digits", width=8), load_data("digits")
         plan = phases_module.Plan.uniform("filter", 0.5)
         example, work = torch.zeros(1, 1, 8, 8), Workspace(folder, {}, resume=False)
-        self.job = Job(
-            network, data, plan, get("magnitude"), example, work, Recipe(), 0, 8, 0, max_drop, progress=False
-        )
+        self.job = Job(network, data, plan, get("magnitude"), example, work, Recipe(), 0, 8, 0, max_drop)
         monkeypatch.setattr(phases_module, "purify", self.purify)
 
     def train(self, phase: str, epochs: int, run: Any, teacher: Any) -> None:

@@ -11,7 +11,7 @@ import copy
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from espalier.sparsity import Plan
 from espalier.train import (
     Data,
     Drop,
+    Processes,
     Recipe,
     Tried,
     correct,
@@ -68,7 +69,7 @@ class Job:
     epochs: int
     dense_epochs: int
     max_drop: float
-    progress: bool = True
+    processes: Processes = field(default_factory=Processes)
 
     def run(self) -> Outcome:
         """Every phase in turn; the network ends shaped and retrained."""
@@ -94,9 +95,12 @@ class Job:
             hooks=run,
             teacher=teacher,
             checkpoint=checkpoint,
-            resume=checkpoint.exists(),
+            resume=True,
             phase=phase,
-            progress=self.progress,
+            devices=self.processes.devices,
+            num_nodes=self.processes.num_nodes,
+            strategy=self.processes.strategy,
+            accelerator=self.processes.accelerator,
         )
 
     def _dense(self) -> dict[str, Any]:
@@ -145,7 +149,7 @@ class _Way:
         left = self.job.max_drop - self._drop().bound
         report: dict[str, Any] = {}
         if left > 0:
-            tried = Tried("purify", shown=self.job.progress)
+            tried = Tried("purify", shown=self.job.work.team.leads)
 
             def careful() -> float:
                 found = self._drop()

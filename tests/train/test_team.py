@@ -1,4 +1,4 @@
-"""Two processes (gloo, on the CPU) are one: the same masks, every process the same, resumed alike; and what is refused."""
+"""Two processes (gloo, on the CPU) are one: the same masks, all alike, resumed alike; and what is refused."""
 
 from __future__ import annotations
 
@@ -77,3 +77,6 @@ def test_a_team_of_one_is_no_team() -> None:
 
     with pytest.raises(DataError, match="no such file"):
         team.first(fail)
+    with pytest.raises(AssertionError, match="inside"):
+        team.first(lambda: team.first(lambda: 1))
+    assert team.first(lambda: 1) == 1

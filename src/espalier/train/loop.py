@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -319,7 +320,9 @@ def _borrowed(model: nn.Module) -> Iterator[None]:
     for p in changed:  # clone: one input channel is contiguous in both layouts, so .contiguous() would do nothing
         p.data = p.data.clone(memory_format=torch.channels_last)
     try:
-        yield
+        with warnings.catch_warnings():  # of DDP, about those with one input channel
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+            yield
     finally:
         model.to(home)
         for p in changed:
