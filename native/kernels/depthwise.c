@@ -137,43 +137,43 @@ static void row_of_any(const channel *c, int64_t y)
 
 #define ROW(K, S, R) \
     static void row_##K##_##S##_##R(const channel *c, int64_t y) { band(K, S, R, c, y); }
-#define ROWS(K, S) \
-    ROW(K, S, 1) ROW(K, S, 2) ROW(K, S, 3) ROW(K, S, 4) ROW(K, S, 5) ROW(K, S, 6) ROW(K, S, 7) \
-    static const row_function rows_##K##_##S[] = {row_##K##_##S##_1, row_##K##_##S##_2, row_##K##_##S##_3, \
-        row_##K##_##S##_4, row_##K##_##S##_5, row_##K##_##S##_6, row_##K##_##S##_7};
-ROWS(3, 1)
-ROWS(3, 2)
-ROWS(5, 1)
+#define ROWS(K, S) ROW(K, S, 1) ROW(K, S, 2) ROW(K, S, 4)
+ROWS(3, 1) ROW(3, 1, 7)
+ROWS(3, 2) ROW(3, 2, 7)
+ROWS(5, 1) ROW(5, 1, 7)
 ROWS(5, 2)
 ROWS(7, 1)
 ROWS(7, 2)
-static const row_function rows_any[] = {row_of_any};
 
-/* Windows that have tiles of their own: functions for 1..tallest rows at once. */
-static const struct {
+/* Windows that have functions of their own, by the number of rows that they make at once. */
+typedef struct {
     int64_t window, stride;
-    const row_function *rows;
-    int64_t tallest;
-} windows[] = {
-    {3, 1, rows_3_1, 7},
-    {3, 2, rows_3_2, 7},
-    {5, 1, rows_5_1, 7},
-    {5, 2, rows_5_2, 4},
-    {7, 1, rows_7_1, 4},
-    {7, 2, rows_7_2, 4},
-};
+    row_function rows[8];
+} window_row;
 
-static const row_function *functions_for(const int64_t *p, int64_t *tallest)
+#define FOUR(K, S) {NULL, row_##K##_##S##_1, row_##K##_##S##_2, NULL, row_##K##_##S##_4, NULL, NULL, NULL}
+#define SEVEN(K, S) {NULL, row_##K##_##S##_1, row_##K##_##S##_2, NULL, row_##K##_##S##_4, NULL, NULL, row_##K##_##S##_7}
+static const window_row windows[] = {
+    {3, 1, SEVEN(3, 1)}, {3, 2, SEVEN(3, 2)}, {5, 1, SEVEN(5, 1)}, {5, 2, FOUR(5, 2)}, {7, 1, FOUR(7, 1)},
+    {7, 2, FOUR(7, 2)},
+};
+static const window_row any_window = {0, 0, {NULL, row_of_any, NULL, NULL, NULL, NULL, NULL, NULL}};
+
+static const window_row *functions_for(const int64_t *p)
 {
     const bool square = p[DEPTHWISE_WINDOW_Y] == p[DEPTHWISE_WINDOW_X] && p[DEPTHWISE_STRIDE_Y] == p[DEPTHWISE_STRIDE_X];
-    for (size_t i = 0; square && i < sizeof windows / sizeof *windows; i++) {
-        if (windows[i].window != p[DEPTHWISE_WINDOW_Y] || windows[i].stride != p[DEPTHWISE_STRIDE_Y]) continue;
-        if (p[DEPTHWISE_DILATION_Y] != 1 || p[DEPTHWISE_DILATION_X] != 1) continue;
-        *tallest = windows[i].tallest;
-        return windows[i].rows;
-    }
-    *tallest = 1;
-    return rows_any;
+    const bool dilated = p[DEPTHWISE_DILATION_Y] != 1 || p[DEPTHWISE_DILATION_X] != 1;
+    for (size_t i = 0; square && !dilated && i < sizeof windows / sizeof *windows; i++)
+        if (windows[i].window == p[DEPTHWISE_WINDOW_Y] && windows[i].stride == p[DEPTHWISE_STRIDE_Y]) return &windows[i];
+    return &any_window;
+}
+
+/* The tallest band of at most `left` rows. */
+ESP_INLINE int64_t band_height(const window_row *w, int64_t left)
+{
+    int64_t rows = left < 7 ? left : 7;
+    while (!w->rows[rows]) rows--;
+    return rows;
 }
 
 void ESP_NAME(depthwise)(const esp_step *s, const esp_frame *f, int part, int parts)
@@ -181,20 +181,18 @@ void ESP_NAME(depthwise)(const esp_step *s, const esp_frame *f, int part, int pa
     const int64_t *p = s->param, taps = p[DEPTHWISE_WINDOW_Y] * p[DEPTHWISE_WINDOW_X], height = s->out.size[2];
     const float *in = esp_source(&s->a, f), *residual = s->b.space ? esp_source(&s->b, f) : NULL;
     float *out = esp_target(&s->out, f);
-    int64_t tallest, begin, end;
-    const row_function *functions = functions_for(p, &tallest);
-    const int64_t bands = (height + tallest - 1) / tallest, each = (height + bands - 1) / bands; /* all but the last */
-    share(s->out.size[1] * bands, part, parts, &begin, &end);
-    int64_t number = begin / bands, band = begin % bands, top = band * each, source;
-    for (int64_t i = begin; i < end; number++, band = 0, top = 0) {
-        source = p[DEPTHWISE_MULTIPLIER] == 1 ? number : number / p[DEPTHWISE_MULTIPLIER];
+    int64_t begin, end, number;
+    const window_row *functions = functions_for(p);
+    share(s->out.size[1] * height, part, parts, &begin, &end); /* rows; whoever has a band's first row does it */
+    for (number = begin / height; number * height < end; number++) {
+        const int64_t source = p[DEPTHWISE_MULTIPLIER] == 1 ? number : number / p[DEPTHWISE_MULTIPLIER];
         const channel c = {s, in + source * s->a.stride[1], residual ? residual + number * s->b.stride[1] : NULL,
             s->values + number * taps, out + number * s->out.stride[1], s->bias ? s->bias[number] : 0.0f};
-        for (; band < bands && i < end; band++, i++) {
-            const int64_t bottom = top + each < height ? top + each : height;
-            functions[bottom - top - 1](&c, top);
-            for (int64_t y = top; s->margins && y < bottom; y++) zero_margin(s, out, number, y);
-            top = bottom;
+        for (int64_t y = 0, rows; y < height && number * height + y < end; y += rows) {
+            rows = band_height(functions, height - y);
+            if (number * height + y < begin) continue;
+            functions->rows[rows](&c, y);
+            for (int64_t k = y; s->margins && k < y + rows; k++) zero_margin(s, out, number, k);
         }
     }
 }

@@ -1,6 +1,4 @@
-/* One number at a time: arithmetic of two, scale and shift, activations, softmax. */
-#include <math.h>
-
+/* One number at a time: arithmetic of two, scale and shift, activations. */
 #include "activate.h"
 #include "planes.h"
 #include "simd.h"
@@ -80,30 +78,6 @@ void ESP_NAME(unary)(const esp_step *s, const esp_frame *f, int part, int parts)
             for (int64_t v = 0; v < count; v += ESP_WIDTH)
                 store(strip + v, activate(load(strip + v) * scale + shift, s->activation, s->act_a, s->act_b));
             deliver(to + at * s->out.stride[3], s->out.stride[3], strip, count);
-        }
-        zero_margin(s, out, r.c, r.y);
-    }
-}
-
-/* over the last dimension */
-void ESP_NAME(softmax)(const esp_step *s, const esp_frame *f, int part, int parts)
-{
-    float *out = esp_target(&s->out, f);
-    const float *a = esp_source(&s->a, f);
-    const int64_t width = s->out.size[3], in = s->a.stride[3], to = s->out.stride[3];
-    int64_t begin, end;
-    share(rows_of(&s->out), part, parts, &begin, &end);
-    for (int64_t i = begin; i < end; i++) {
-        plane_row r = row_at(&s->out, i);
-        const float *x = a + place(&s->a, r);
-        float *y = out + place(&s->out, r), highest = -INFINITY;
-        double sum = 0;
-        for (int64_t k = 0; k < width; k++) highest = x[k * in] > highest ? x[k * in] : highest;
-        for (int64_t k = 0; k < width; k++) sum += exp((double)x[k * in] - highest);
-        double log_sum = log(sum);
-        for (int64_t k = 0; k < width; k++) {
-            double shifted = (double)x[k * in] - highest;
-            y[k * to] = (float)(s->param[SOFTMAX_LOG] ? shifted - log_sum : exp(shifted) / sum);
         }
         zero_margin(s, out, r.c, r.y);
     }

@@ -15,6 +15,8 @@ from espalier.methods.base import Method, Progress, State, draw
 from espalier.methods.ramps import staircase
 from espalier.methods.targets import Target, judged
 
+MOST = 30.0
+
 
 @final
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class ADMM(Method):
 
     stages: rho climbs from `rho_start` to `rho_end` in so many equal factors, one after the other; Z and U start afresh
         in each. The defaults, 1e-4 to 1e-1 times 10 in four stages, are those of the group's public code.
+    long: in runs of fewer steps rho is higher in proportion, at most `MOST` times, since what counts is the product of
+        rho, learning rate and steps (our reading).
     updates: how many times Z and U are updated in a run; the papers do it every few epochs.
     """
 
@@ -30,6 +34,7 @@ class ADMM(Method):
     rho_end: float = 1e-1
     stages: int = 4
     updates: int = 40
+    long: int = 10_000
 
     def begin(self, targets: list[Target], progress: Progress) -> State:
         progress.share("admm")  # fails early when the length is unknown
@@ -40,7 +45,9 @@ class ADMM(Method):
     def penalty(self, targets: list[Target], state: State, progress: Progress) -> Tensor | None:
         """``sum_l sum_r rho/2 ||W_l - Z_lr + U_lr||^2``; the state holds Z - U and U."""
         lanes = [lane for target in targets for lane in target.lanes()]
-        return draw([lane.target.weight for lane in lanes], [state[lane.key("pull")] for lane in lanes], self._rho(progress))
+        return draw(
+            [lane.target.weight for lane in lanes], [state[lane.key("pull")] for lane in lanes], self._rho(progress)
+        )
 
     def step(self, targets: list[Target], state: State, progress: Progress) -> None:
         assert progress.steps is not None
@@ -66,4 +73,9 @@ class ADMM(Method):
                 state[lane.key("u")], state[lane.key("pull")] = u, z - u
 
     def _rho(self, progress: Progress) -> float:
-        return staircase(self.rho_start, self.rho_end, self.stages, progress.share("admm"))
+        return short(self.long, progress) * staircase(self.rho_start, self.rho_end, self.stages, progress.share("admm"))
+
+
+def short(long: int, progress: Progress) -> float:
+    """How many times fewer steps than `long` a run has, from 1 to `MOST`."""
+    return min(MOST, max(1.0, long / max(1, progress.steps or long)))

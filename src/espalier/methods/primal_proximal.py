@@ -11,6 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from espalier.methods.admm import short
 from espalier.methods.base import Method, Progress, State, draw
 from espalier.methods.ramps import ramp, staircase
 from espalier.methods.targets import Lane, Target, freeze, judged
@@ -30,7 +31,7 @@ class PrimalProximal(Method):
     threshold: where a rule has no density, lambda / rho once the ramp is over; the densities come out.
     until: the share of the run after which threshold or density is reached. Where a rule has a density, lambda is
         steered: at each update it is the one that leaves as many groups alive as the ramp wants.
-    rho_start, rho_end, stages: the strength of the pull towards Z climbs in so many equal factors.
+    rho_start, rho_end, stages, long: the strength of the pull towards Z climbs as in `ADMM`.
     updates: of Z in a run. milestones: how often the weighting is made anew.
     All defaults are our reading: the paper gives none.
     """
@@ -43,6 +44,7 @@ class PrimalProximal(Method):
     updates: int = 60
     milestones: int = 6
     eps: float = 1e-2
+    long: int = 10_000
 
     def begin(self, targets: list[Target], progress: Progress) -> State:
         progress.share("primal_proximal")
@@ -54,6 +56,7 @@ class PrimalProximal(Method):
         """``sum_l sum_r rho/2 ||W_l - Z_lr||^2``."""
         lanes = [lane for target in targets for lane in target.lanes()]
         rho = staircase(self.rho_start, self.rho_end, self.stages, progress.share("primal_proximal"))
+        rho *= short(self.long, progress)
         return draw([lane.target.weight for lane in lanes], [state[lane.key("z")] for lane in lanes], rho)
 
     def step(self, targets: list[Target], state: State, progress: Progress) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
-import torch
-from torch import Tensor
-
-from espalier.methods.base import Method, Progress, State, pull
+from espalier.methods.base import Method, Progress, State
 from espalier.methods.ramps import staircase
 from espalier.methods.targets import Target, freeze
 
@@ -16,16 +14,19 @@ from espalier.methods.targets import Target, freeze
 @final
 @dataclass(frozen=True)
 class SelectiveDecay(Method):
-    """SWD (arXiv 2011.10520): ``loss + a/2 ||W - proj(W)||^2`` with `a` growing exponentially from `start` to `end`.
+    """SWD (arXiv 2011.10520): ``W <- W - k (W - proj(W))`` after each step, k growing exponentially.
 
     What is to be pruned is chosen anew `updates` times in a run (the paper does it at every step), by what the weights
     are then: what the loss defends may leave the choice again. Tied blocks decay towards their shared magnitude.
-    start, end: as a coefficient of the penalty; the paper's, times its weight decay, are 5e-5 and 25. Ours end where
-    plain SGD with a learning rate of 0.1 is still stable.
+    The paper adds the decay to the loss; ours is decoupled from the optimizer (as in AdamW), so that it is stable with
+    any optimizer and learning rate and does not end where a schedule ends.
+
+    start, end: the decay at the start and the end of a run, in factors of e per length of the run: with the defaults
+    what is to be pruned ends some 14 factors of e smaller.
     """
 
-    start: float = 1e-4
-    end: float = 10.0
+    start: float = 0.1
+    end: float = 100.0
     updates: int = 100
 
     def begin(self, targets: list[Target], progress: Progress) -> State:
@@ -34,27 +35,19 @@ class SelectiveDecay(Method):
         self._choose(targets, state)
         return state
 
-    def penalty(self, targets: list[Target], state: State, progress: Progress) -> Tensor | None:
-        """``a/2 sum_l ||(W_l - P_l) off_l||^2``: off says what the projection P changes."""
-        if not targets:
-            return None
-        strength = staircase(self.start, self.end, 10**6, progress.share("selective_decay"))
-        with torch.no_grad():
-            apart = []
-            for t in targets:
-                w = t.weight.detach().float()
-                point = state.get(f"{t.site}/point")
-                apart.append((w if point is None else w - point) * state[f"{t.site}/off"])
-            value = 0.5 * strength * torch.stack(torch._foreach_norm(apart)).square().sum()
-            torch._foreach_mul_(apart, strength)
-        return pull([t.weight for t in targets], apart, value)
-
     def step(self, targets: list[Target], state: State, progress: Progress) -> None:
         assert progress.steps is not None
+        rate = staircase(self.start, self.end, progress.steps + 1, progress.share("selective_decay"))
+        shrink = 1 - math.exp(-rate / progress.steps)
+        for target in targets:
+            weight, point = target.weight, state.get(f"{target.site}/point")
+            apart = weight if point is None else weight - point.to(weight.dtype)
+            weight.sub_(apart * state[f"{target.site}/off"], alpha=shrink)
         if progress.step % max(1, progress.steps // self.updates) == 0:
             self._choose(targets, state)
 
     def _choose(self, targets: list[Target], state: State) -> None:
+        """off: what the projection changes; point: what it changes it to, where that is not zero."""
         for target, frozen in zip(targets, freeze(targets).values()):
             state[f"{target.site}/off"] = ~frozen.mask
             if frozen.ties:

@@ -5,6 +5,7 @@ The network uses nu(a_g) W_g, with nu(a) = 0 if |a| < eps else a, and a straight
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -14,10 +15,11 @@ from torch import Tensor
 from espalier.errors import UnknownNameError
 from espalier.methods.base import Method, Progress, State
 from espalier.methods.ramps import ramp
-from espalier.methods.targets import Lane, Target, freeze
+from espalier.methods.targets import Lane, Target, freeze, judged
 from espalier.sparsity import Frozen
 
 KINDS = ("weight_decay", "l1", "fixed")
+LEAST = 1e-3  # of |a| while a group lives: W is the weight over a
 
 
 @final
@@ -26,23 +28,24 @@ class StructureParameters(Method):
     """PSP (arXiv 1905.05180): a parameter a per group, starting at 1, that decays unless the loss sustains it.
 
     The module's own parameter always holds what the network uses, nu(a) W, so that checkpoints, copies, clipping and
-    compilation see an ordinary weight, and folding at the end is exact. After each optimizer step its move D is handed
-    on by the chain rule: ``dW = nu(a) D`` and, straight through the threshold, ``da_g = sum over g of W D``. With plain
-    SGD that is PSP's gradient step on both; with any other optimizer it is that optimizer's step, handed on. Pruned
-    groups can come back. Our reading: a's step is divided by the layer's mean squared group norm, so that a and W move
-    alike whatever the size of a group; and weight decay on W comes with the optimizer's.
+    compilation see an ordinary weight, and folding at the end is exact. After each optimizer step its move D is shared
+    out: ``da_g = (sum over g of W D) / scale``, straight through the threshold, and W such that what is alive moves by D
+    as the optimizer wants (with the chain rule's ``dW = a D`` the step of a group would grow with a squared). Pruned
+    groups move by their a alone and can come back. Our reading: a starts at the group's norm in relation to the root
+    mean square of its layer, so that it is 1 on average and a trained network hands on what it knows; `scale` is that
+    mean square, so that a stays in this unit. Weight decay on W is the optimizer's.
 
-    kind: "weight_decay" (``a <- (1 - s) a``), "l1" (``a <- a - s sign a``), or "fixed": no decay; the threshold is such
-        that the share of groups alive follows a ramp down to the rule's.
-    decay: total of s over a run. Where a rule has a density it is only the start, and steered by feedback so that the
-        share of groups alive follows the ramp. until: the share of the run after which the ramp is over.
-    eps: threshold on |a|. updates: of s, thresholds and patterns in a run.
+    kind: "weight_decay" (``a <- (1 - s) a``), "l1" (``a <- a - s sign a``), or "fixed" (no decay).
+    decay: the total of s over a run.
+    eps: threshold on |a| where a rule has no density: the densities come out ("fixed" then prunes nothing). Where it
+        has one, the threshold is the one that leaves as many groups as a cubic ramp wants.
+    until: the share of the run after which the ramp is over. updates: of thresholds and patterns in a run.
 
     Patterns and N:M keep what is largest, straight through as well; ties (unification) are made when the run finishes.
     """
 
     kind: str = "weight_decay"
-    decay: float = 4.0
+    decay: float = 0.3
     until: float = 0.7
     eps: float = 0.1
     updates: int = 100
@@ -56,96 +59,105 @@ class StructureParameters(Method):
         state: State = {}
         for target in targets:
             w = target.weight.detach().float()
-            state[f"{target.site}/w"] = w.clone()
             for lane in _pruning(target):
                 squares = lane.sum(w.square())
-                state[lane.key("a")] = torch.ones_like(squares)
-                state[lane.key("scale")] = squares.mean().clamp_min(1e-30)
-                state[lane.key("s")] = torch.tensor(0.0 if self.kind == "fixed" else self.decay, dtype=torch.float64)
-                state[lane.key("eps")] = torch.tensor(0.0 if self.kind == "fixed" else self.eps, dtype=torch.float64)
-            self._choose(target, state)
+                scale = squares.mean().clamp_min(1e-30)
+                state[lane.key("scale")], state[lane.key("a")] = scale, (squares / scale).sqrt().clamp_min(LEAST)
+                state[lane.key("alive")] = torch.ones_like(squares, dtype=torch.bool)
+            factor = _product(torch.ones_like(w), [lane.spread(state[lane.key("a")]) for lane in _pruning(target)])
+            state[f"{target.site}/w"] = w / factor
+        self._choose(targets, state, 0.0)
         return state
 
     def step(self, targets: list[Target], state: State, progress: Progress) -> None:
         assert progress.steps is not None
-        update = progress.step % max(1, progress.steps // self.updates) == 0
         for target in targets:
-            lanes, w = _pruning(target), state[f"{target.site}/w"]
-            spreads = [lane.spread(self._nu(lane, state)) for lane in lanes]
-            used = _product(w, spreads)
-            support = state.get(f"{target.site}/support")
-            move = target.weight.detach().float() - (used if support is None else used * support)
-            along = w * move
-            for k, lane in enumerate(lanes):
-                others = _product(along, spreads[:k] + spreads[k + 1 :])
-                self._move(lane, state, lane.sum(others), 1 / progress.steps)
-            w.add_(_product(move, spreads))
-            if update:
-                for lane in lanes:
-                    self._steer(lane, state, progress.share("structure_parameters") / self.until)
-                self._choose(target, state)
-            target.weight.copy_(self._used(target, state))
+            self._share_out(target, state, 1 / progress.steps)
+        if progress.step % max(1, progress.steps // self.updates) == 0:
+            self._choose(targets, state, progress.share("structure_parameters") / self.until)
+        for target in targets:
+            target.weight.copy_(_used(target, state))
 
     def land(self, targets: list[Target], state: State) -> dict[str, Frozen]:
         by: dict[str, list[Tensor]] = {}
         found: dict[str, list[Tensor | None]] = {}
         for target in targets:
-            w = state[f"{target.site}/w"]
-            spreads, by[target.site], found[target.site] = [], [], []
+            spreads, w = [], state[f"{target.site}/w"]
+            by[target.site], found[target.site] = [], []
             for lane in target.lanes():
-                if not lane.prunes:
+                if lane.prunes:
+                    a, alive = state[lane.key("a")], state[lane.key("alive")]
+                    spreads.append(lane.spread(a * alive if lane.open else a))
+                    by[target.site].append(_scores(lane, a))
+                    found[target.site].append(alive if lane.open else None)
+                else:
                     by[target.site].append(_product(w, spreads))
                     found[target.site].append(None)
-                    continue
-                a = state[lane.key("a")]
-                living = self._nu(lane, state) if lane.open else a
-                spreads.append(lane.spread(living))
-                by[target.site].append(lane.spread(a / lane.sum(torch.ones_like(w)).sqrt()))
-                found[target.site].append(living != 0 if lane.open else None)
-            target.weight.copy_(_product(w, spreads))  # what a density keeps may lie below the threshold
+            target.weight.copy_(_product(w, spreads))  # where a density keeps a group that was below the threshold
         return freeze(targets, by, found)
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _nu(self, lane: Lane, state: State) -> Tensor:
-        """nu(a); the largest is never cut, so that no layer dies."""
-        a = state[lane.key("a")]
-        size = a.abs()
-        return a.masked_fill((size < state[lane.key("eps")].to(a.device)) & (size < size.max()), 0)
-
-    def _move(self, lane: Lane, state: State, gradient: Tensor, dt: float) -> None:
-        a = state[lane.key("a")]
-        a.add_(gradient / state[lane.key("scale")])
-        s = float(state[lane.key("s")]) * dt
-        if self.kind == "weight_decay":
-            a.mul_(max(0.0, 1 - s))
-        elif self.kind == "l1":
-            a.copy_(a.sign() * (a.abs() - s).clamp_min(0))
-
-    def _steer(self, lane: Lane, state: State, share: float) -> None:
-        if lane.open:
-            return
-        a = state[lane.key("a")].abs()
-        wanted = ramp("cubic", 1.0, lane.rule.free, share)
-        if self.kind == "fixed":
-            dead = min(len(a) - 1, round((1 - wanted) * len(a)))
-            state[lane.key("eps")] = a.sort().values[dead].double() if dead else torch.tensor(0.0, dtype=torch.float64)
-        else:
-            alive = float((a >= self.eps).float().mean())
-            state[lane.key("s")] = state[lane.key("s")] * (1.25 if alive > wanted else 0.8)
-
-    def _choose(self, target: Target, state: State) -> None:
-        """The positions that patterns and N:M leave."""
-        rules = [lane for lane in target.lanes() if not lane.prunes and not lane.rule.snap.ties]
-        if rules:
-            w = state[f"{target.site}/w"]
-            masks = [lane.rule.mask(w, target.conv_groups) for lane in rules]
-            state[f"{target.site}/support"] = torch.stack(masks).all(0)
-
-    def _used(self, target: Target, state: State) -> Tensor:
-        used = _product(state[f"{target.site}/w"], [lane.spread(self._nu(lane, state)) for lane in _pruning(target)])
+    def _share_out(self, target: Target, state: State, dt: float) -> None:
+        """Hand the move that the optimizer made on to W and a; then a decays."""
+        lanes, w = _pruning(target), state[f"{target.site}/w"]
+        alive = [state[lane.key("alive")] for lane in lanes]
+        spreads = [lane.spread(state[lane.key("a")] * living) for lane, living in zip(lanes, alive)]
+        before = _product(w, spreads)
         support = state.get(f"{target.site}/support")
-        return used if support is None else used * support
+        move = target.weight.detach().float() - (before if support is None else before * support)
+        along, after = w * move, before + move
+        for k, (lane, living) in enumerate(zip(lanes, alive)):
+            a = state[lane.key("a")]
+            moved = a + lane.sum(_product(along, spreads[:k] + spreads[k + 1 :])) / state[lane.key("scale")]
+            stuck = living & (moved * a.sign() < LEAST)  # what lives passes zero only by dying first
+            a.copy_(torch.where(stuck, a.sign() * LEAST, moved))
+        factor = _product(torch.ones_like(w), [lane.spread(state[lane.key("a")] * n) for lane, n in zip(lanes, alive)])
+        w.copy_(torch.where(factor != 0, after / factor, w))
+        for lane in lanes:
+            a = state[lane.key("a")]
+            if self.kind == "weight_decay":
+                a.mul_(math.exp(-self.decay * dt))
+            elif self.kind == "l1":
+                a.copy_(a.sign() * (a.abs() - self.decay * dt).clamp_min(LEAST))
+
+    def _choose(self, targets: list[Target], state: State, share: float) -> None:
+        """Which groups are above the threshold, and which positions patterns and N:M leave."""
+        for r in range(max((len(t.scheme.rules) for t in targets), default=0)):
+            lanes = [t.lanes()[r] for t in targets if r < len(t.scheme.rules)]
+            pruning = {lane.target.site: _scores(lane, state[lane.key("a")]) for lane in lanes if lane.prunes}
+            by = judged([lane.target for lane in lanes if lane.prunes], pruning, r)
+            for lane in lanes:
+                if lane.prunes:
+                    a = state[lane.key("a")].abs()
+                    if by[lane.target.site] is not pruning[lane.target.site]:
+                        a = lane.sum(by[lane.target.site].square())
+                    state[lane.key("alive")] = self._alive(lane, a, share)
+                elif not lane.rule.snap.ties:
+                    w = state[f"{lane.target.site}/w"]
+                    state[f"{lane.target.site}/support"] = lane.rule.mask(w, lane.target.conv_groups)
+
+    def _alive(self, lane: Lane, size: Tensor, share: float) -> Tensor:
+        if lane.open:
+            return (size >= self.eps) | (size == size.max()) | (self.kind == "fixed")
+        dead = min(len(size) - 1, round((1 - ramp("cubic", 1.0, lane.rule.free, share)) * len(size)))
+        alive = torch.ones_like(size, dtype=torch.bool)
+        alive[size.argsort()[:dead]] = False
+        return alive
+
+
+def _used(target: Target, state: State) -> Tensor:
+    """nu(a) W, within what patterns leave."""
+    spreads = [lane.spread(state[lane.key("a")] * state[lane.key("alive")]) for lane in _pruning(target)]
+    used = _product(state[f"{target.site}/w"], spreads)
+    support = state.get(f"{target.site}/support")
+    return used if support is None else used * support
+
+
+def _scores(lane: Lane, a: Tensor) -> Tensor:
+    """Scores of the weight's shape whose norm in each group is |a|."""
+    sizes = lane.rule.structure.group_sizes(lane.target.weight.shape, lane.target.conv_groups).to(a.device)
+    return lane.spread(a / sizes.sqrt())
 
 
 def _pruning(target: Target) -> list[Lane]:
