@@ -1,4 +1,4 @@
-"""The whole way by two processes: the masks of one, files by the first only, errors told once, and either resumes it."""
+"""The whole way by two processes: the masks of one, files by the first only, errors told, stopped and resumed."""
 
 import json
 import os
