@@ -175,6 +175,7 @@ class _Fit:
             first=self.batch,
             shuffle=True,
             augment=True,
+            part=slice(self.team.rank, None, self.team.world),
             device=self.fabric.device,
         )
         for x, y in batches:
@@ -212,10 +213,9 @@ class _Fit:
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         """One step of the optimizer on this process's share of a batch."""
-        whole, rank, world = len(x), self.team.rank, self.team.world
+        whole, world = self.data.train.size_of(self.batch, self.recipe.batch_size), self.team.world
         if whole < world:
             return
-        x, y = x[rank::world], y[rank::world]
         if x.ndim == 4:
             x = x.clone(memory_format=torch.channels_last)
         for group in self.optimizer.param_groups:
