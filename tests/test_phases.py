@@ -60,9 +60,7 @@ class Scripted:
         network, data = build("lenet_digits", width=8), load_data("digits")
         plan = phases_module.Plan.uniform("filter", 0.5)
         example, work = torch.zeros(1, 1, 8, 8), Workspace(folder, {}, resume=False)
-        self.job = Job(
-            network, data, plan, get("magnitude"), example, work, Recipe(), 0, 8, 0, max_drop, progress=False
-        )
+        self.job = Job(network, data, plan, get("magnitude"), example, work, Recipe(), 0, 8, 0, max_drop)
         monkeypatch.setattr(phases_module, "purify", self.purify)
 
     def train(self, phase: str, epochs: int, run: Any, teacher: Any) -> None:
@@ -116,10 +114,20 @@ def test_more_epochs_and_then_a_step_back_until_the_allowance_is_met(
 def test_nothing_is_purified_when_shaping_has_spent_the_allowance(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    losses = dict.fromkeys(("shape", "recover", "retrain", "retrain2", "retrain3"), BAD)
+    losses = dict.fromkeys(("shape", "recover", "recover2", "retrain", "retrain2"), BAD)
     script = Scripted(monkeypatch, tmp_path / "out", losses, 1.0)
     outcome = script.job.run()
-    assert script.done[-1] == "retrain3" and not outcome.facts["purify"]  # nothing was removed: nothing to undo
+    assert script.done == ["dense", "shape", "recover", "recover2", "retrain", "retrain2"]
+    assert not outcome.facts["purify"]  # nothing was removed: nothing to undo
+    assert outcome.facts["extra_epochs"] == 4 and outcome.holdout == BAD
+
+
+def test_a_network_that_recovers_late_is_purified(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    losses = {"shape": BAD, "recover": BAD, "recover2": GOOD, "retrain": GOOD}
+    script = Scripted(monkeypatch, tmp_path / "out", losses, 1.0)
+    outcome = script.job.run()
+    assert script.done == ["dense", "shape", "recover", "recover2", "retrain"]
+    assert outcome.facts["purify"]["removed"] and outcome.facts["extra_epochs"] == 2
 
 
 def test_a_gap_is_told_with_its_reason() -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,7 +21,20 @@ from espalier.report import achieved, latencies, print_summary, size, sizes
 from espalier.runtime import machine
 from espalier.sparsity import Plan
 from espalier.store import save
-from espalier.train import Data, Drop, Recipe, build, correct, drop, evaluate, load_data, load_weights, seed_everything
+from espalier.train import (
+    Data,
+    Drop,
+    Processes,
+    Recipe,
+    build,
+    correct,
+    drop,
+    evaluate,
+    launch,
+    load_data,
+    load_weights,
+    seed_everything,
+)
 from espalier.workspace import Workspace
 
 
@@ -58,6 +71,12 @@ def compress(
     threads: int | None = None,
     seed: int = 0,
     resume: bool = False,
+    distill: float | None = None,
+    precision: str | None = None,
+    devices: int = 1,
+    num_nodes: int = 1,
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    accelerator: str = "auto",
 ) -> Result:
     """Train `model` into a smaller, faster network and measure it.
 
@@ -74,12 +93,21 @@ def compress(
     weights: a safetensors file with the dense network's weights.
     threads: of the measured latencies; by default as many as PyTorch uses.
     resume: go on with a run that was stopped. A run that is over just reports.
+    distill, precision: short for those of the recipe: the share of the loss that the dense network teaches while the
+        weights are shaped and retrained; "bf16-mixed" and so on.
+    devices, num_nodes, strategy, accelerator: the processes that train together (`train.Processes`). All of them call
+        this; the first one writes the files and measures, and the report is handed to all.
 
     Raises an EspalierError that says what to do; whatever was finished stays in `out`.
 
     >>> es.compress("lenet_digits", "digits", out="out/demo", density=0.1, epochs=10).report["compressed"]["accuracy"]
     """
     recipe = recipe or Recipe()
+    if distill is not None:
+        recipe = dataclasses.replace(recipe, distill=distill)
+    if precision is not None:
+        recipe = dataclasses.replace(recipe, precision=precision)
+    processes = Processes(devices, num_nodes, strategy, accelerator)
     settings = {
         "model": model if isinstance(model, str) else type(model).__qualname__,
         "data": data if isinstance(data, str) else data.name,
@@ -110,18 +138,25 @@ def compress(
         plan = Plan.load(plan)
     mapped = plan if isinstance(plan, Plan) else uniform(graph, density or 1.0, scheme, **(scheme_options or {}))
     mapped.resolve(graph.sites())
-    work = Workspace(out, settings, resume)
+    work = Workspace(out, settings, resume, launch(processes) if processes.world > 1 else None)
     work.write_text("plan.toml", mapped.to_toml())
     if dense_epochs is None:
         dense_epochs = 0 if weights is not None or not isinstance(model, str) else epochs
-    job = Job(network, loaded, mapped, chosen, example, work, recipe, seed, epochs, dense_epochs, max_drop)
-    return _finish(job, job.run(), density, threads)
+    job = Job(network, loaded, mapped, chosen, example, work, recipe, seed, epochs, dense_epochs, max_drop, processes)
+    outcome = job.run()
+    small = shrink(network.eval(), example).eval()
+    report = work.team.first(lambda: _measured(job, outcome, small, density, threads))
+    work.write_text("report.json", json.dumps(report, indent=1))
+    if work.team.leads:
+        print_summary(report, work.path)
+    return Result(small, report, work.path)
 
 
-def _finish(job: Job, outcome: Outcome, density: float | None, threads: int | None) -> Result:
-    """Shrink, compile, save and measure; write report.json and print the table."""
+def _measured(
+    job: Job, outcome: Outcome, small: nn.Module, density: float | None, threads: int | None
+) -> dict[str, Any]:
+    """Compile, save and measure: the report. The first process alone does it."""
     original = outcome.original
-    small = shrink(job.network.eval(), job.example).eval()
     path, dense_path = job.work.path / "model.esp", job.work.path / "work" / "dense.esp"
     save(small, job.example, path)
     save(original, job.example, dense_path)
@@ -140,9 +175,7 @@ def _finish(job: Job, outcome: Outcome, density: float | None, threads: int | No
         "seed": job.seed,
     }
     report["achieved"] = achieved(report)
-    job.work.write_text("report.json", json.dumps(report, indent=1))
-    print_summary(report, job.work.path)
-    return Result(small, report, job.work.path)
+    return report
 
 
 def _facts(module: nn.Module, job: Job, file: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import copy
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from espalier.sparsity import Plan
 from espalier.train import (
     Data,
     Drop,
+    Processes,
     Recipe,
     Tried,
     correct,
@@ -34,7 +35,7 @@ from espalier.workspace import Workspace
 
 SHAPING = 0.5  # of the epochs; the rest retrains, half before purification and half after
 FINE_TUNING = 0.4  # of the recipe's learning rate, once the dense network is trained
-ROUNDS = 2  # of further retraining, where the allowance is not met
+ROUNDS = 2  # of further retraining, where the allowance is not met; one of them before purification
 _PHASE_SEEDS = 104_729
 
 
@@ -68,7 +69,7 @@ class Job:
     epochs: int
     dense_epochs: int
     max_drop: float
-    progress: bool = True
+    processes: Processes = field(default_factory=Processes)
 
     def run(self) -> Outcome:
         """Every phase in turn; the network ends shaped and retrained."""
@@ -94,9 +95,12 @@ class Job:
             hooks=run,
             teacher=teacher,
             checkpoint=checkpoint,
-            resume=checkpoint.exists(),
+            resume=True,
             phase=phase,
-            progress=self.progress,
+            devices=self.processes.devices,
+            num_nodes=self.processes.num_nodes,
+            strategy=self.processes.strategy,
+            accelerator=self.processes.accelerator,
         )
 
     def _dense(self) -> dict[str, Any]:
@@ -118,8 +122,13 @@ class _Way:
         recovery = math.ceil((self.job.epochs - self.shaping) / 2)
         shaped = self._do("shape", self._shape)
         whole = self._do("recover", lambda: self._retrain("recover", recovery))
+        early = 0
+        if self.job.epochs and Drop(*whole["drop"]).bound > self.job.max_drop:
+            early = max(1, recovery)
+            whole = self._do("recover2", lambda: self._retrain("recover2", early))
         pure = self._do("purify", self._purify)
-        final, extra, undone = self._settle(whole, self.job.epochs - self.shaping - recovery)
+        rounds = ROUNDS - bool(early)
+        final, late, undone = self._settle(whole, self.job.epochs - self.shaping - recovery, rounds)
         facts = {
             "dense": 100 * float(self.right.float().mean()),
             "shaped": shaped["score"],
@@ -128,7 +137,7 @@ class _Way:
             "retrained": final["score"],
             "purify": pure["report"],
             "recalibrated": {"shape": shaped["recalibrated"], "purify": pure["recalibrated"]},
-            "extra_epochs": extra,
+            "extra_epochs": early + late,
             "purification_undone": undone,
         }
         return Outcome(self.original, Drop(*final["drop"]), facts)
@@ -145,7 +154,7 @@ class _Way:
         left = self.job.max_drop - self._drop().bound
         report: dict[str, Any] = {}
         if left > 0:
-            tried = Tried("purify", shown=self.job.progress)
+            tried = Tried("purify", shown=self.job.work.team.leads)
 
             def careful() -> float:
                 found = self._drop()
@@ -161,15 +170,15 @@ class _Way:
         self._fit(phase, epochs)
         return self._state()
 
-    def _settle(self, whole: dict[str, Any], epochs: int) -> tuple[dict[str, Any], int, bool]:
+    def _settle(self, whole: dict[str, Any], epochs: int, rounds: int) -> tuple[dict[str, Any], int, bool]:
         """Retrain until the allowance is met, or undo the purification; returns the state chosen.
 
-        The first round always runs, the second where loss plus error is above the allowance, the third where the loss
+        The first time it always runs, the second where loss plus error is above the allowance, the third where the loss
         itself is. If it still is then, the network before purification is retrained and is chosen, where it is better.
         """
         tries = [self._do("retrain", lambda: self._retrain("retrain", epochs))]
         extra, epochs_more = 0, max(1, epochs)
-        for k in range(ROUNDS):
+        for k in range(rounds):
             found = Drop(*tries[-1]["drop"])
             if (found.points if k else found.bound) <= self.job.max_drop or not self.job.epochs:
                 break

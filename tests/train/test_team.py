@@ -1,4 +1,4 @@
-"""Two processes (gloo, on the CPU) are one: the same masks, every process the same, resumed alike; and what is refused."""
+"""Two processes (gloo, on the CPU) are one: the same masks, all alike, resumed alike; and what is refused."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from espalier.errors import DataError, TrainingError
+from espalier.methods import METHODS
 from espalier.train import Processes, Recipe, Team, fit, launch
 from tests.train.together import data, network, together
 
@@ -19,7 +20,8 @@ REPOSITORY = Path(__file__).parents[2]
 
 def two(folder: Path, strategy: str, precision: str = "32-true", *more: str) -> list[dict[str, Any]]:
     arguments = [str(folder / "result"), strategy, "2", precision, *more]
-    command = [sys.executable, "-m", "tests.train.together", *arguments]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"] if more else []  # or Fabric's
+    command = [sys.executable, "-m", *launcher, "tests.train.together", *arguments]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"result.{rank}", weights_only=True) for rank in (0, 1)]
@@ -33,7 +35,9 @@ def one() -> dict[str, Any]:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_are_one(strategy: str, one: dict[str, Any], tmp_path: Path) -> None:
     """Weights of five rows: FSDP deals them out as three and two."""
-    first, second = (result["whole"] for result in two(tmp_path, strategy))
+    results = two(tmp_path, strategy)
+    check_methods_alike(*(result["methods"] for result in results))
+    first, second = (result["whole"] for result in results)
     for site, mask in one["masks"].items():
         assert torch.equal(first["masks"][site], mask), site
         weight = first["model"][site if site in first["model"] else f"{site}.weight"]
@@ -42,6 +46,17 @@ def test_two_processes_are_one(strategy: str, one: dict[str, Any], tmp_path: Pat
         torch.testing.assert_close(first["model"][name], tensor, rtol=1e-3, atol=1e-4)
         assert torch.equal(first["model"][name], second["model"][name]), f"{name}: the processes differ"
     torch.testing.assert_close(torch.tensor(first["history"]), torch.tensor(one["history"]), rtol=1e-3, atol=1e-3)
+
+
+def check_methods_alike(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Every method holds the same in both processes, bit for bit."""
+    assert list(first) == list(METHODS) == list(second)
+    for name, found in first.items():
+        for part in ("state", "masks", "model"):
+            assert found[part].keys() == second[name][part].keys()
+            for key, value in found[part].items():
+                assert torch.equal(value, second[name][part][key]), f"{name}: {part} {key} differs"
+        assert not all(mask.all() for mask in found["masks"].values()), f"{name} removed nothing"
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -77,3 +92,6 @@ def test_a_team_of_one_is_no_team() -> None:
 
     with pytest.raises(DataError, match="no such file"):
         team.first(fail)
+    with pytest.raises(AssertionError, match="inside"):
+        team.first(lambda: team.first(lambda: 1))
+    assert team.first(lambda: 1) == 1

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from espalier.methods import start
+from espalier.methods import METHODS, start
 from espalier.sparsity import Plan, scheme
 from espalier.train import Data, Processes, Recipe, fit, launch, load_data, seed_everything
 
@@ -53,6 +53,22 @@ def together(
     }
 
 
+def every_method(strategy: Any, devices: int) -> dict[str, Any]:
+    """What each method holds when a short shaping ends, before and after `finish`."""
+    found, given = {}, data()
+    recipe = replace(RECIPE, epochs=1, batch_size=64)
+    for name in METHODS:
+        model = network(norm=True)
+        plan = Plan.of({"0": scheme("filter", 0.5), "4": scheme("block_punched", 0.4, m=1, n=4)})
+        run = start(model, plan, name, EXAMPLE, steps=given.train.steps(recipe.batch_size))
+        options: dict[str, Any] = {"devices": devices, "strategy": strategy, "accelerator": "cpu", "progress": False}
+        fit(model, given, recipe, hooks=run, **options)
+        state = run.state_dict()["method"]
+        run.finish()
+        found[name] = {"state": state, "masks": run.masks, "model": model.state_dict()}
+    return found
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     target, strategy, devices, precision = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
@@ -61,6 +77,7 @@ if __name__ == "__main__":
     results = {}
     if checkpoint is None:
         results["whole"] = together(strategy, devices, precision)
+        results["methods"] = every_method(strategy, devices)
     else:
         results["whole"] = together(strategy, devices, precision, checkpoint.with_suffix(".other"))
         try:

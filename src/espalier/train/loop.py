@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -174,6 +175,7 @@ class _Fit:
             first=self.batch,
             shuffle=True,
             augment=True,
+            part=slice(self.team.rank, None, self.team.world),
             device=self.fabric.device,
         )
         for x, y in batches:
@@ -211,10 +213,9 @@ class _Fit:
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         """One step of the optimizer on this process's share of a batch."""
-        whole, rank, world = len(x), self.team.rank, self.team.world
+        whole, world = self.data.train.size_of(self.batch, self.recipe.batch_size), self.team.world
         if whole < world:
             return
-        x, y = x[rank::world], y[rank::world]
         if x.ndim == 4:
             x = x.clone(memory_format=torch.channels_last)
         for group in self.optimizer.param_groups:
@@ -319,7 +320,9 @@ def _borrowed(model: nn.Module) -> Iterator[None]:
     for p in changed:  # clone: one input channel is contiguous in both layouts, so .contiguous() would do nothing
         p.data = p.data.clone(memory_format=torch.channels_last)
     try:
-        yield
+        with warnings.catch_warnings():  # of DDP, about those with one input channel
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+            yield
     finally:
         model.to(home)
         for p in changed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -61,6 +62,7 @@ class Team:
 
     def __init__(self, fabric: Any, processes: Processes) -> None:
         self.fabric, self.processes = fabric, processes
+        self._busy = False
 
     @classmethod
     def alone(cls) -> Team:
@@ -88,16 +90,24 @@ class Team:
         return self.processes.strategy == "fsdp"
 
     def first(self, work: Callable[[], T]) -> T:
-        """What `work` gives on the first process, handed to all; an error of ours there is an error on all."""
-        if self.world == 1:
-            return work()
+        """What `work` gives on the first process, handed to all; an error of ours there is an error on all.
+
+        `work` must not ask for the team again: the others would take that answer for this one.
+        """
+        assert not self._busy, "Team.first inside Team.first"
         box: Any = None
         if self.leads:
+            self._busy = True
             try:
                 box = (work(), "")
             except EspalierError as error:
-                self.fabric.broadcast((None, str(error)))
+                if self.world > 1:
+                    self.fabric.broadcast((None, str(error)))
                 raise
+            finally:
+                self._busy = False
+        if self.world == 1:
+            return box[0]
         value, told = self.fabric.broadcast(box)
         if told:
             raise TrainingError(f"on the first process: {told}")
@@ -159,7 +169,10 @@ def _strategy(processes: Processes) -> Any:
     if processes.strategy == "fsdp":
         return ModelParallelStrategy(_share_out, data_parallel_size=processes.world, tensor_parallel_size=1)
     if processes.strategy == "ddp" or processes.world > 1:
-        return DDPStrategy(broadcast_buffers=False)  # else every process would see only the first one's statistics
+        known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
+        options: dict[str, Any] = {name: False}
+        return DDPStrategy(**options)  # else every process would see only the first one's statistics
     return "auto"
 
 
