@@ -49,9 +49,8 @@ class BenchReport:
     def _layers(self) -> Table:
         table = Table(title=f"where the time goes (peak: {self.peak_gflops:.0f} GFLOP/s)")
         for heading in ("step", "kernel", "ms", "share", "density", "useful GFLOP/s", "of peak", "stored as, and why"):
-            table.add_column(
-                heading, justify="left" if heading in ("step", "kernel", "stored as, and why") else "right"
-            )
+            words = heading in ("step", "kernel", "stored as, and why")
+            table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "stored as, and why")
         for row in self.layers:
             if row.share < SMALL:
                 continue

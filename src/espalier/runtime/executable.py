@@ -104,7 +104,8 @@ class Executable:
         self.threads = threads or os.cpu_count() or 1
         if self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
-        self._pieces = split(graph)
+        with torch.inference_mode(False), torch.no_grad():  # views are told from copies, also inside the caller's
+            self._pieces = split(graph)
         self._batch = batch_of(graph)
         self._runners = [_Native(p, self.threads) if p.program else _Torch(p) for p in self._pieces]
         self._profiling = threading.Lock()
