@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 import sys
 import sysconfig
@@ -110,6 +111,12 @@ def isa() -> str:
     if number < 0:
         raise EngineError(message.value.decode(errors="replace"), 5)
     return isas()[number].name
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Of the native library: what was compiled for another one is compiled again."""
+    return hashlib.sha256(library_path().read_bytes()).hexdigest()
 
 
 def peak_gflops(threads: int = 1) -> float:

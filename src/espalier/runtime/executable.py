@@ -23,6 +23,8 @@ from espalier.graph.ir import Graph
 from espalier.graph.module import to_module
 from espalier.runtime.engine import Context, LoadedProgram
 
+MOST_SAMPLES = 2**31 - 1  # in one call, as in esp_run
+
 
 @dataclass(frozen=True)
 class StepRow:
@@ -46,7 +48,7 @@ class _Native:
     def __init__(self, piece: Piece, threads: int) -> None:
         assert piece.program is not None
         self.program, self.threads = piece.program, threads
-        self.loaded = LoadedProgram(piece.program.to_bytes())
+        self.loaded = LoadedProgram(piece.code or piece.program.to_bytes())
         self.inputs, self.outputs = piece.graph.inputs, piece.graph.outputs
         self.idle: list[Context] = [Context(self.loaded, threads)]
 
@@ -98,14 +100,16 @@ class Executable:
     fallbacks: what PyTorch runs, as "node (op): why".
     """
 
-    def __init__(self, graph: Graph, threads: int | None = None) -> None:
-        """Raises EngineError when the native library is missing or refuses."""
+    def __init__(self, graph: Graph, threads: int | None = None, pieces: tuple[Piece, ...] | None = None) -> None:
+        """pieces: of the graph, where they are known already.
+
+        Raises EngineError when the native library is missing or refuses."""
         self.graph = graph
         self.threads = threads or os.cpu_count() or 1
         if self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
         with torch.inference_mode(False), torch.no_grad():  # views are told from copies, also inside the caller's
-            self._pieces = split(graph)
+            self._pieces = split(graph) if pieces is None else pieces
         self._batch = batch_of(graph)
         self._runners = [_Native(p, self.threads) if p.program else _Torch(p) for p in self._pieces]
         self._profiling = threading.Lock()
@@ -142,6 +146,21 @@ class Executable:
                 for node in piece.graph.nodes:
                     rows.append(StepRow(node.name, node.op, "torch", "", why.get(node.name, "beside others"), 0, 0))
         return rows
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The parts that run one after the other."""
+        return self._pieces
+
+    @property
+    def max_batch(self) -> int:
+        """The most samples that one call takes; a network that was written for one batch size takes that one only."""
+        free = any(self.graph.values[name].batched for name in self.graph.inputs)
+        return MOST_SAMPLES if free else self._batch
+
+    def loaded(self) -> list[tuple[Piece, LoadedProgram]]:
+        """The native pieces, with their programs in the engine."""
+        return [(p, r.loaded) for p, r in zip(self._pieces, self._runners) if isinstance(r, _Native)]
 
     def steps(self) -> list[Step]:
         """The native steps, in order."""
