@@ -22,8 +22,10 @@ ROOMS = [
     "store",
     "report",
     "workspace",
+    "planning",
     "phases",
     "compress",
+    "cli_mapping",
     "cli",
 ]
 NEVER = [("methods", "compiler"), ("compiler", "sparsity")]
