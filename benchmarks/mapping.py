@@ -3,10 +3,11 @@
     python benchmarks/mapping.py --data FOLDER --weights FOLDER             # ResNet-20 on CIFAR-10, then latencies
     python benchmarks/mapping.py --only latency                             # ResNet-50 and MobileNetV2: 2x, 3x, 5x
 
-ResNet-20: every plan aims at the same speedups over our own dense network. It is trained by the same method for the same
-epochs on the same data (choices are made on a tenth of the training set; the test set is for the figures), shrunk, and
-timed beside the dense network and the dense rivals in one interleaved run. Layers that the rule spares at first are
-spared by the uniform plans too. ResNet-50 and MobileNetV2 have random weights: only latency counts there.
+ResNet-20: every plan aims at the same speedups over our own dense network. It is trained by the same method for as many
+epochs on the same data (choices are made on a tenth of the training set, which the published weights have seen; the
+test set is for the figures), shrunk, and timed beside the dense network and the dense rivals in one interleaved run.
+Layers that the rule spares at first are spared by the uniform plans too. ResNet-50 and MobileNetV2 have random weights:
+only latency counts there.
 
 Stopped and started again it goes on where it was: everything finished lies in --out.
 """
@@ -204,9 +205,8 @@ def accuracy_part(setting: Setting, speedups: list[float], make_search: Callable
             row["speedup"] = timings["dense"]["median_ms"] / timings[name]["median_ms"]
             fastest = min(timings[r]["median_ms"] for r in timings if r.startswith("rival "))
             row["of_fastest_rival"] = fastest / timings[name]["median_ms"]
-            print(
-                f"{name:28s} {row['test_accuracy']:.2f} %  {row['speedup']:.2f}x  of rival {row['of_fastest_rival']:.2f}x"
-            )
+            told = f"{row['test_accuracy']:.2f} %  {row['speedup']:.2f}x  of rival {row['of_fastest_rival']:.2f}x"
+            print(f"{name:28s} {told}")
     known = {"dense": {}} | {
         n: es.Plan.from_toml(r["toml"]).resolve(graph.sites()) for n, r in rows.items() if "toml" in r
     }
@@ -226,7 +226,8 @@ def timed(dense: nn.Module, modules: dict[str, nn.Module], example: torch.Tensor
     """Everything in one interleaved run: the dense network, the dense rivals, the pruned ones."""
     calls: dict[str, Callable[[], object]] = {}
     for name, module in {"dense": dense, **modules}.items():
-        calls[name] = lambda p=es.compile(module, example, threads=threads): p(example)
+        program = es.compile(module, example, threads=threads)
+        calls[name] = lambda p=program: p(example)
     for name in ("onnxruntime", "openvino"):
         calls[f"rival {name}"] = rival(name)(dense, example, threads)
     return {name: dataclasses.asdict(t) for name, t in es.bench(calls, rounds=25).items()}

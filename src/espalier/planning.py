@@ -224,7 +224,7 @@ def one_way(density: float | None, plan: object, targets: Targets) -> None:
     asked = [name for name in targets.told() if name != "max_drop"]
     if (density is not None) + (plan is not None) + bool(asked) != 1:
         raise PlanError(
-            "say one of density (--density 0.1), plan (--plan FILE) or targets (--speedup 3, --latency-ms, --size-mb, "
+            "say either density (--density 0.1), plan (--plan FILE) or targets (--speedup 3, --latency-ms, --size-mb, "
             "--macs; together if you like)"
         )
 
