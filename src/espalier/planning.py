@@ -24,7 +24,7 @@ from espalier.workspace import Workspace
 
 NEAR = 0.05  # of a requested latency or size: as good as met
 SHORT = Recipe(lr=0.01, warmup_epochs=0.1)  # of a trial's retraining
-QUICK_IMAGES = 1000  # held-out images that a plan's sensitivities are read on
+QUICK_IMAGES = 500  # held-out images that a plan's sensitivities are read on
 
 
 def on_split(split: Split, images: int | None = None) -> Callable[[nn.Module], tuple[float, float]]:
