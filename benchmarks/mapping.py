@@ -102,7 +102,7 @@ def searched(setting: Setting, speedup: float, trials: int, images: int, workers
     rule = propose(setting, network, speedup)
     limit = rule.dense.latency_ms / speedup
     space = space_of(setting.latency)
-    start = space.nearest(rule.plan.resolve(graph.sites()))
+    start = space.nearest(rule.plan.resolve(graph.sites()), limit)
     score = OneShot("resnet20", "cifar10", str(setting.weights), data_root, 1, images, norm=NORM)
     file = setting.work.path / "trials.jsonl"
     with Processes(workers) if workers > 1 else _Nothing() as where:

@@ -191,7 +191,7 @@ def search_command(
     limit = targets.limits(rule.dense)["latency_ms"]
     console.print(f"reachable: {rule.dense.latency_ms:.4g} .. {rule.least.latency_ms:.4g} ms; asked: {limit:.4g} ms")
     space = space_of(latency)
-    start = space.nearest(rule.plan.resolve(capture(network, example).sites()))
+    start = space.nearest(rule.plan.resolve(capture(network, example).sites()), limit)
     root = None if data_root is None else str(Path(data_root).resolve())
     score = OneShot(model, data, weights and str(Path(weights).resolve()), root, epochs, images, recipe or SHORT)
     folder = Path(out)
