@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from espalier.cli_mapping import MAPPING_COMMANDS
 from espalier.compress import compress
 from espalier.errors import DataError, EspalierError
 from espalier.graph import capture, shrink
@@ -35,6 +36,10 @@ def compress_command(
     data: str = "",
     density: float | None = None,
     plan: str | None = None,
+    speedup: float | None = None,
+    latency_ms: float | None = None,
+    size_mb: float | None = None,
+    macs: float | None = None,
     scheme: str = "filter+column",
     method: str = "admm",
     scheme_options: dict[str, Any] | None = None,
@@ -63,6 +68,10 @@ def compress_command(
         data: digits, mnist, cifar10, cifar100, folder:PATH, hub:NAME or synthetic:CxHxW:CLASSES
         density: kept share of conv and linear weights, 0..1
         plan: a plan file (TOML) instead of a density
+        speedup: or how many times faster than the dense network; schemes and densities are then found by rule
+        latency_ms: or milliseconds of one sample, at most
+        size_mb: or 10^6 bytes of stored weights, at most
+        macs: or useful multiply-accumulates, at most; below 1 a share of the dense ones
         scheme: what may die together; several joined by +
         method: how the weights get there
         scheme_options: such as {"m": 4, "n": 4}
@@ -199,6 +208,7 @@ COMMANDS: dict[str, Any] = {
     "info": info_command,
     "run": run_command,
     "bench": bench_command,
+    **MAPPING_COMMANDS,
 }
 
 
