@@ -33,7 +33,7 @@ def on_split(split: Split, images: int | None = None) -> Callable[[nn.Module], t
     >>> on_split(data.holdout, 500)(model)
     (91.4, 0.31)
     """
-    part = split if images is None else replace(split, images=split.images[:images], labels=split.labels[:images])
+    part = split if images is None else split.only(torch.arange(min(images, len(split))))
 
     def score(model: nn.Module) -> tuple[float, float]:
         found = evaluate(model, part)
@@ -79,7 +79,7 @@ class OneShot:
         run.finish()
         train = data.train
         if self.images is not None:
-            train = replace(train, images=train.images[: self.images], labels=train.labels[: self.images])
+            train = train.only(torch.arange(min(self.images, len(train))))
         if self.epochs:
             part = replace(data, train=train)
             fit(network, part, replace(self.recipe, epochs=self.epochs), hooks=run, progress=False)
