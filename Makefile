@@ -4,15 +4,19 @@ BIN := .venv/bin
 OUT ?= out/demo
 
 .PHONY: demo test lint setup clean native
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*/* native/*/*/*)
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 setup: .venv/.ready
 
-.venv/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*/* native/*/*/*)
+.venv/.ready: WANTED := dev,rivals
+.venv/.demo: WANTED := train
+.venv/.ready .venv/.demo: $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "scikit-build-core>=0.10" "cmake>=3.18" ninja
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev,rivals]"
+	$(PIP) "scikit-build-core>=0.10" "cmake>=3.18" ninja
+	$(PIP) --no-build-isolation -e ".[$(WANTED)]"
 	@touch $@
 
-demo: setup
+demo: $(if $(wildcard .venv/.ready),.venv/.ready,.venv/.demo)  # the demo alone needs less than the tests
 	$(BIN)/espalier compress lenet_digits --data digits --density 0.1 --dense-epochs 20 --epochs 60 --recipe.batch_size 32 --seed 0 --out $(OUT) --resume
 
 native: setup  # after editing C: the library where a checkout looks for it

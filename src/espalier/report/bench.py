@@ -15,6 +15,7 @@ from espalier.errors import DataError
 from espalier.report.picture import Bar, write_picture
 from espalier.runtime import LayerTime, Timing
 
+WIDE = 150  # characters: room for reasons
 SMALL = 0.005  # steps below this share of the time stand in one row
 
 
@@ -42,26 +43,32 @@ class BenchReport:
             quartiles = f"{timing.low_ms:.3f} .. {timing.high_ms:.3f}"
             table.add_row(name, f"{timing.median_ms:.3f}", quartiles, f"{timing.median_ms / ours:.2f}x")
         console.print(table)
-        console.print(self._layers())
+        if not console.is_terminal:
+            console.width = max(console.width, WIDE)  # a file or a pipe has room
+        console.print(self._layers(reasons=console.width >= WIDE))
         for name in self.fallbacks:
             console.print(f"runs through PyTorch: {name}", markup=False, highlight=False)
 
-    def _layers(self) -> Table:
+    def _layers(self, reasons: bool) -> Table:
+        """reasons: with kernels, and why weights are stored as they are; a narrow terminal has no room for them."""
+        stored = "stored as, and why" if reasons else "stored as"
         table = Table(title=f"where the time goes (peak: {self.peak_gflops:.0f} GFLOP/s)")
-        for heading in ("step", "kernel", "ms", "share", "density", "useful GFLOP/s", "of peak", "stored as, and why"):
-            words = heading in ("step", "kernel", "stored as, and why")
-            table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "stored as, and why")
+        words, numbers = ["step", "kernel"][: 1 + reasons], ["ms", "share", "density", "GFLOP/s", "of peak"]
+        for heading in (*words, *numbers, stored):
+            table.add_column(heading, justify="right" if heading in numbers else "left", no_wrap=heading != stored)
         for row in self.layers:
             if row.share < SMALL:
                 continue
-            why = f"{row.format}: {row.reason}" if row.reason else row.format
+            why = f"{row.format}: {row.reason}" if row.reason and reasons else row.format
+            names = [row.step, row.kernel][: 1 + reasons]
             speed = [f"{row.density:.3f}", f"{row.useful_gflops:.1f}", f"{row.peak_share:.0%}"]
             speed = speed if row.useful_gflops else ["", "", ""]
-            table.add_row(row.step, row.kernel, f"{row.time_ms:.4f}", f"{row.share:.1%}", *speed, why)
+            table.add_row(*names, f"{row.time_ms:.4f}", f"{row.share:.1%}", *speed, why)
         small = [row for row in self.layers if row.share < SMALL]
         if small:
             time, share = sum(row.time_ms for row in small), sum(row.share for row in small)
-            table.add_row(f"{len(small)} smaller steps", "", f"{time:.4f}", f"{share:.1%}", "", "", "", "")
+            names = [f"{len(small)} smaller steps", ""][: 1 + reasons]
+            table.add_row(*names, f"{time:.4f}", f"{share:.1%}", "", "", "", "")
         return table
 
     def to_json(self) -> dict[str, Any]:
