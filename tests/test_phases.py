@@ -12,7 +12,7 @@ from torch import nn
 from espalier import compress
 from espalier import phases as phases_module
 from espalier.methods import PurifyReport, get
-from espalier.phases import Job, _Way
+from espalier.phases import Job, _Way, seen
 from espalier.report import achieved
 from espalier.train import Drop, Recipe, build, correct, drop, evaluate, fit, load_data, recalibrate_if_better
 from espalier.workspace import Workspace
@@ -128,6 +128,36 @@ def test_a_network_that_recovers_late_is_purified(monkeypatch: pytest.MonkeyPatc
     outcome = script.job.run()
     assert script.done == ["dense", "shape", "recover", "recover2", "retrain"]
     assert outcome.facts["purify"]["removed"] and outcome.facts["extra_epochs"] == 2
+
+
+def test_a_network_that_had_seen_the_holdout_is_compared_by_a_copy_that_goes_on_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data, model = load_data("synthetic:1x8x8:4", holdout=0.4), build("lenet_digits", width=8, classes=4)
+    assert not seen(model, data)  # it knows nothing
+    fit(model, data, Recipe(epochs=12, batch_size=16), progress=False)
+    assert seen(model, data)
+    forgotten = replace(data, holdout=replace(data.holdout, labels=data.holdout.labels.roll(1)))
+    assert not seen(model, forgotten)
+    script = Scripted(monkeypatch, tmp_path / "a", dict.fromkeys(("shape", "recover", "retrain"), GOOD), 1.0)
+    job = replace(script.job, network=model, data=data)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def train(self: Job, phase: str, *_: Any) -> None:
+        script.train(phase, 0, None, None)
+        if phase == "reference":
+            with torch.no_grad():
+                self.network.fc2.weight.zero_()
+        if phase == "shape":
+            assert all(torch.equal(tensor, before[name]) for name, tensor in self.network.state_dict().items())
+
+    monkeypatch.setattr(Job, "train", train)
+    outcome = job.run()
+    assert script.done == ["dense", "reference", "shape", "recover", "retrain"]
+    assert outcome.facts["dense_had_seen_the_holdout"] and outcome.facts["dense"] < 60  # the copy's answers
+    model.load_state_dict(before)
+    again = replace(job, dense_epochs=1, work=Workspace(tmp_path / "b", {}, resume=False))
+    assert not again.run().facts["dense_had_seen_the_holdout"], "trained here, without them"
 
 
 def test_a_gap_is_told_with_its_reason() -> None:

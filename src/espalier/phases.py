@@ -3,6 +3,10 @@
 The allowance (`max_drop`) is read on held-out images, paired with the dense network's answers: what was lost, and the
 standard error of that. Purification may spend what is left of the allowance by the careful reading (loss plus one
 standard error). When the end still lies above the allowance, retraining goes on, and at last purification is undone.
+
+A network that was trained elsewhere may have seen the held-out images, and then remembers them better than any that
+goes on without them. Where it looks so (`seen`), a copy trained on without them, for as long as the recovery, gives the
+answers to compare with.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from espalier.methods import Method, Run, purify, start
@@ -27,6 +32,7 @@ from espalier.train import (
     Tried,
     correct,
     drop,
+    evaluate,
     fit,
     recalibrate_if_better,
     seed_everything,
@@ -74,7 +80,23 @@ class Job:
     def run(self) -> Outcome:
         """Every phase in turn; the network ends shaped and retrained."""
         self.dense()
-        return _Way(self, copy.deepcopy(self.network).eval()).go()
+        dense = copy.deepcopy(self.network.state_dict())
+        right = correct(self.network, self.data.holdout)
+        remembers = not self.dense_epochs and self.recovery > 0 and seen(self.network, self.data)
+        if remembers:
+            right = self.work.phase("reference", self._reference)["right"]
+            self.network.load_state_dict(dense)
+        return _Way(self, copy.deepcopy(self.network).eval(), right, remembers).go()
+
+    @property
+    def shaping(self) -> int:
+        """Epochs of shaping."""
+        return max(1, math.ceil(self.epochs * SHAPING))
+
+    @property
+    def recovery(self) -> int:
+        """Epochs of retraining before purification."""
+        return math.ceil((self.epochs - self.shaping) / 2)
 
     def dense(self) -> None:
         """Train the dense network, or take it as it was trained; `run` does so first."""
@@ -89,7 +111,7 @@ class Job:
         recipe, checkpoint = replace(self.recipe, epochs=epochs, seed=seed), self.work.checkpoint(phase)
         if run is None:
             recipe = replace(recipe, distill=0.0)
-        else:
+        if phase != "dense":
             recipe = replace(recipe, lr=recipe.lr * FINE_TUNING)
         fit(
             self.network,
@@ -110,19 +132,35 @@ class Job:
         self.train("dense", self.dense_epochs, None, None)
         return {"model": self.network.state_dict()}
 
+    def _reference(self) -> dict[str, Any]:
+        self.train("reference", self.recovery, None, None)
+        return {"right": correct(self.network, self.data.holdout)}
+
+
+def seen(network: nn.Module, data: Data) -> bool:
+    """Whether a network answers held-out images no worse than training images, as if it had been trained on both.
+
+    Of both as many images; within two standard errors, and clearly better than chance.
+    """
+    count = min(len(data.holdout), len(data.train))
+    among = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:count]
+    held, trained = (evaluate(network, split).accuracy for split in (data.holdout, data.train.only(among)))
+    error = math.sqrt((held * (1 - held) + trained * (1 - trained)) / count)
+    chance = 1 / data.classes
+    return trained - held <= 2 * error and held > chance + 0.25 * (1 - chance)
+
 
 class _Way:
-    """From the dense network to the compressed one."""
+    """From the dense network to the compressed one; `right` are the answers on held-out images to compare with."""
 
-    def __init__(self, job: Job, original: nn.Module) -> None:
+    def __init__(self, job: Job, original: nn.Module, right: Tensor, remembers: bool) -> None:
         self.job, self.original, self.network = job, original, job.network
-        self.right = correct(original, job.data.holdout)
-        self.shaping = max(1, math.ceil(job.epochs * SHAPING))
-        steps = self.shaping * job.data.train.steps(job.recipe.batch_size)
+        self.right, self.remembers = right, remembers
+        steps = job.shaping * job.data.train.steps(job.recipe.batch_size)
         self.run = start(job.network, job.plan, job.method, job.example, steps=steps)
 
     def go(self) -> Outcome:
-        recovery = math.ceil((self.job.epochs - self.shaping) / 2)
+        recovery = self.job.recovery
         shaped = self._do("shape", self._shape)
         whole = self._do("recover", lambda: self._retrain("recover", recovery))
         early = 0
@@ -131,9 +169,10 @@ class _Way:
             whole = self._do("recover2", lambda: self._retrain("recover2", early))
         pure = self._do("purify", self._purify)
         rounds = ROUNDS - bool(early)
-        final, late, undone = self._settle(whole, self.job.epochs - self.shaping - recovery, rounds)
+        final, late, undone = self._settle(whole, self.job.epochs - self.job.shaping - recovery, rounds)
         facts = {
             "dense": 100 * float(self.right.float().mean()),
+            "dense_had_seen_the_holdout": self.remembers,
             "shaped": shaped["score"],
             "recovered": whole["score"],
             "purified": pure["score"],
@@ -148,7 +187,7 @@ class _Way:
     # -- the phases --------------------------------------------------------------------------------
 
     def _shape(self) -> dict[str, Any]:
-        self._fit("shape", self.shaping)
+        self._fit("shape", self.job.shaping)
         self.run.finish()
         return self._state(recalibrated=self._recalibrate())
 

@@ -68,7 +68,13 @@ def test_a_team_resumes_from_a_file_of_one_process_in_mixed_precision_with_norms
     for site, mask in results[0]["whole"]["masks"].items():
         assert torch.equal(results[0]["resumed"]["masks"][site], mask)
     statistics = results[0]["whole"]["model"]["1.running_mean"]
-    assert statistics.any() and sorted(p.name for p in tmp_path.glob("run.*")) == ["run.other", "run.pt"]
+    assert statistics.any() and sorted(p.name for p in tmp_path.glob("run.*")) == ["run.half", "run.other", "run.pt"]
+    alone = together("auto", 1, "bf16-mixed", tmp_path / "run.half")["model"][
+        "4.weight"
+    ]  # the last epoch by one process
+    fresh = together("auto", 1, "bf16-mixed", tmp_path / "run.none", seed=5)["model"]["4.weight"]
+    whole = results[0]["whole"]["model"]["4.weight"]
+    assert (alone - whole).norm() < 0.1 * whole.norm() < 0.5 * (fresh - whole).norm()
 
 
 def test_what_cannot_be_is_told() -> None:

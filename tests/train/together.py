@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,11 +30,16 @@ def data() -> Data:
 
 
 def together(
-    strategy: Any, devices: int, precision: str = "32-true", checkpoint: Path | None = None, stop_after: int = 0
+    strategy: Any,
+    devices: int,
+    precision: str = "32-true",
+    checkpoint: Path | None = None,
+    stop_after: int = 0,
+    seed: int = 1,
 ) -> dict[str, Any]:
     """Shape and retrain; returns weights, masks, history. It stops after `stop_after` epochs, where that is given."""
     given = data()
-    model, recipe = network(norm=checkpoint is not None), replace(RECIPE, precision=precision)
+    model, recipe = network(norm=checkpoint is not None), replace(RECIPE, precision=precision, seed=seed)
     plan = Plan.of({"0": scheme("filter", 0.5), "4": scheme("block_punched", 0.4, m=1, n=4)})
     run = start(model, plan, "admm", EXAMPLE, steps=recipe.epochs * given.train.steps(recipe.batch_size))
     options: dict[str, Any] = {"devices": devices, "strategy": strategy, "accelerator": "cpu", "progress": False}
@@ -83,5 +89,7 @@ if __name__ == "__main__":
         try:
             together(strategy, devices, precision, checkpoint, stop_after=2)
         except InterruptedError:
+            if team.leads:
+                shutil.copy(checkpoint, checkpoint.with_suffix(".half"))
             results["resumed"] = together(strategy, devices, precision, checkpoint)
     torch.save(results, target.with_suffix(f".{team.rank}"))
