@@ -66,7 +66,7 @@ ESP_API const char *esp_output_name(const esp_program *program, int32_t i);
 /* The rank; at most `capacity` sizes of one sample are written to `dims`. -1 for a wrong index. */
 ESP_API int32_t esp_input_shape(const esp_program *program, int32_t i, int64_t *dims, int32_t capacity);
 ESP_API int32_t esp_output_shape(const esp_program *program, int32_t i, int64_t *dims, int32_t capacity);
-/* Bytes of workspace that one context holds. */
+/* Bytes of workspace for one sample; a context has some for each thread, of which it touches what it uses. */
 ESP_API int64_t esp_workspace_size(const esp_program *program);
 
 ESP_API int32_t esp_step_count(const esp_program *program);

@@ -35,7 +35,8 @@ ESP_INLINE vec elu(vec x, float alpha)
 
 ESP_INLINE vec hardsigmoid(vec x) { return vmin(splat(1.0f), vmax(splat(0.0f), (x + 3.0f) * (1.0f / 6.0f))); }
 
-static __attribute__((noinline, unused)) vec activate_curved(vec x, int kind, float a)
+/* the activations that cost more than a call */
+ESP_INLINE vec curved(vec x, int kind, float a)
 {
     switch (kind) {
     case ESP_ELU: return elu(x, a);
@@ -49,6 +50,8 @@ static __attribute__((noinline, unused)) vec activate_curved(vec x, int kind, fl
     default: return x;
     }
 }
+
+static __attribute__((noinline, unused)) vec activate_curved(vec x, int kind, float a) { return curved(x, kind, a); }
 
 ESP_INLINE vec activate(vec x, int kind, float a, float b)
 {

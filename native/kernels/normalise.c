@@ -1,18 +1,12 @@
-/* Softmax and layer norm, over the last dimension. Where positions lie side by side (tokens along the vectors, one
+/* Layer norm over the last dimension. Where positions lie side by side (tokens along the vectors, one
  * plane per channel), a vector of them is worked on at once; else row by row. */
 #include <math.h>
 
 #include "planes.h"
 #include "simd.h"
 
-/* the first n lanes; the others are zero */
-ESP_INLINE vec load_part(const float *p, int64_t n)
-{
-    if (n >= ESP_WIDTH) return load(p);
-    vec v = {0};
-    for (int i = 0; i < n; i++) v[i] = p[i];
-    return v;
-}
+/* the first n lanes, or all; the others are zero */
+ESP_INLINE vec load_some(const float *p, int64_t n) { return n >= ESP_WIDTH ? load(p) : load_part(p, (int)n); }
 
 ESP_INLINE void store_some(float *p, vec v, int64_t n)
 {
@@ -22,62 +16,21 @@ ESP_INLINE void store_some(float *p, vec v, int64_t n)
         store_part(p, v, (int)n);
 }
 
-ESP_INLINE vec vlog(vec x)
-{
-    for (int i = 0; i < ESP_WIDTH; i++) x[i] = logf(x[i]);
-    return x;
-}
-
-/* `n` positions side by side; channel k of them is at x + k * in */
-static void softmax_side(const esp_step *s, const float *x, float *y, int64_t n)
-{
-    const int64_t width = s->out.size[3], in = s->a.stride[3], to = s->out.stride[3];
-    vec highest = splat(-INFINITY), sum = splat(0.0f);
-    for (int64_t k = 0; k < width; k++) highest = vmax(highest, load_part(x + k * in, n));
-    if (s->param[SOFTMAX_LOG]) {
-        for (int64_t k = 0; k < width; k++) sum += vexp(load_part(x + k * in, n) - highest);
-        const vec shift = highest + vlog(sum);
-        for (int64_t k = 0; k < width; k++) store_some(y + k * to, load_part(x + k * in, n) - shift, n);
-        return;
-    }
-    for (int64_t k = 0; k < width; k++) {
-        vec e = vexp(load_part(x + k * in, n) - highest);
-        sum += e;
-        store_some(y + k * to, e, n);
-    }
-    const vec share_of = 1.0f / sum;
-    for (int64_t k = 0; k < width; k++) store_some(y + k * to, load_part(y + k * to, n) * share_of, n);
-}
-
-static void softmax_row(const esp_step *s, const float *x, float *y)
-{
-    const int64_t width = s->out.size[3], in = s->a.stride[3], to = s->out.stride[3];
-    float highest = -INFINITY;
-    double sum = 0;
-    for (int64_t k = 0; k < width; k++) highest = x[k * in] > highest ? x[k * in] : highest;
-    for (int64_t k = 0; k < width; k++) sum += exp((double)x[k * in] - highest);
-    const double log_sum = log(sum);
-    for (int64_t k = 0; k < width; k++) {
-        double shifted = (double)x[k * in] - highest;
-        y[k * to] = (float)(s->param[SOFTMAX_LOG] ? shifted - log_sum : exp(shifted) / sum);
-    }
-}
-
 /* (x - mean) / sqrt(var + eps) * values + bias */
 static void norm_side(const esp_step *s, const float *x, float *y, int64_t n)
 {
     const int64_t width = s->out.size[3], in = s->a.stride[3], to = s->out.stride[3];
     vec sum = splat(0.0f), square = splat(0.0f);
-    for (int64_t k = 0; k < width; k++) sum += load_part(x + k * in, n);
+    for (int64_t k = 0; k < width; k++) sum += load_some(x + k * in, n);
     const vec mean = sum / (float)width;
     for (int64_t k = 0; k < width; k++) {
-        vec d = load_part(x + k * in, n) - mean;
+        vec d = load_some(x + k * in, n) - mean;
         square += d * d;
     }
     vec scale = square / (float)width + s->act_a;
     for (int i = 0; i < ESP_WIDTH; i++) scale[i] = 1.0f / sqrtf(scale[i]);
     for (int64_t k = 0; k < width; k++) {
-        vec z = (load_part(x + k * in, n) - mean) * scale;
+        vec z = (load_some(x + k * in, n) - mean) * scale;
         if (s->values_count) z *= s->values[k];
         if (s->bias_count) z += s->bias[k];
         store_some(y + k * to, z, n);
@@ -99,11 +52,7 @@ static void norm_row(const esp_step *s, const float *x, float *y)
     }
 }
 
-typedef void (*side_function)(const esp_step *, const float *, float *, int64_t);
-typedef void (*row_function)(const esp_step *, const float *, float *);
-
-ESP_INLINE void over_last(
-    const esp_step *s, const esp_frame *f, int part, int parts, const side_function side, const row_function row)
+void ESP_NAME(norm)(const esp_step *s, const esp_frame *f, int part, int parts)
 {
     const esp_operand *o = &s->out, *a = &s->a;
     float *out = esp_target(o, f);
@@ -114,24 +63,14 @@ ESP_INLINE void over_last(
         share(o->size[0] * o->size[1] * pieces, part, parts, &begin, &end);
         for (int64_t i = begin; i < end; i++) {
             const plane_row r = {i / pieces / o->size[1], i / pieces % o->size[1], i % pieces * ESP_WIDTH};
-            side(s, in + place(a, r), out + place(o, r), o->size[2] - r.y);
+            norm_side(s, in + place(a, r), out + place(o, r), o->size[2] - r.y);
         }
         return;
     }
     share(rows_of(o), part, parts, &begin, &end);
     for (int64_t i = begin; i < end; i++) {
         plane_row r = row_at(o, i);
-        row(s, in + place(a, r), out + place(o, r));
+        norm_row(s, in + place(a, r), out + place(o, r));
         zero_margin(s, out, r.c, r.y);
     }
-}
-
-void ESP_NAME(softmax)(const esp_step *s, const esp_frame *f, int part, int parts)
-{
-    over_last(s, f, part, parts, softmax_side, softmax_row);
-}
-
-void ESP_NAME(norm)(const esp_step *s, const esp_frame *f, int part, int parts)
-{
-    over_last(s, f, part, parts, norm_side, norm_row);
 }

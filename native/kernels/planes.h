@@ -48,6 +48,16 @@ static inline plane_row row_at(const esp_operand *o, int64_t number)
     return r;
 }
 
+/* the row behind r */
+static inline void next_row(const esp_operand *o, plane_row *r)
+{
+    if (++r->y < o->size[2]) return;
+    r->y = 0;
+    if (++r->c < o->size[1]) return;
+    r->c = 0;
+    r->n++;
+}
+
 static inline int64_t rows_of(const esp_operand *o) { return o->size[0] * o->size[1] * o->size[2]; }
 
 static inline int64_t place(const esp_operand *o, plane_row r)

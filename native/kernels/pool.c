@@ -1,10 +1,12 @@
 /* Pooling over windows of planes. */
 #include <math.h>
+#include <stdbool.h>
 
 #include "planes.h"
+#include "reach.h"
 #include "simd.h"
 
-/* Output pixels are made in strips: the input columns that a strip reads, folded over the rows of the window, then over
+/* Any window: output pixels are made in strips: the input columns that a strip reads, folded over the rows of the window, then over
  * its columns at every position, of which the stride picks some. The first two are vectors. */
 enum { STRIP = 4096 };
 
@@ -84,6 +86,106 @@ static void pool_strip(const esp_step *s, const float *plane, float *to, int64_t
     }
 }
 
+/* Small square windows, K x K at stride S, undilated: R output rows at once, each input row folded along the window once
+ * for all rows that it meets. Lanes outside the image hold what changes nothing. */
+
+/* how many taps at places at, at + 1, ... at + K - 1 count for a mean: in the image, or in the padded image */
+ESP_INLINE int64_t counted(int64_t at, int K, int64_t size, int64_t pad, int64_t kind)
+{
+    const int64_t low = kind == 1 ? -pad : 0, high = kind == 1 ? size + pad : size;
+    return larger(1, smaller(at + K, high) - larger(at, low));
+}
+
+ESP_INLINE vec fold_two(vec a, vec b, const bool sum) { return sum ? a + b : larger_or_nan(a, b); }
+
+ESP_INLINE void pool_band(const int K, const int S, const int R, const bool sum, const esp_step *s, const float *plane,
+    float *out, int64_t y)
+{
+    const int64_t *p = s->param, width = s->a.size[3], height = s->a.size[2], row_stride = s->a.stride[2];
+    const int64_t out_width = s->out.size[3], out_stride = s->out.stride[2], kind = p[POOL_KIND];
+    const int64_t pad_x = p[POOL_PAD_X], pad_y = p[POOL_PAD_Y], top = y * S - pad_y;
+    const int lines = (R - 1) * S + K, loads = S == 1 ? K : 2 * ((K + 1) / 2);
+    const vec nothing = splat(sum ? 0.0f : -INFINITY);
+    for (int64_t x = 0; x < out_width; x += ESP_WIDTH) {
+        const int count = out_width - x < ESP_WIDTH ? (int)(out_width - x) : ESP_WIDTH;
+        const int64_t left = x * S - pad_x, right = left + (S == 1 ? ESP_WIDTH + K - 1 : 2 * ESP_WIDTH + loads - 2);
+        const bool inner = left >= 0 && right <= width;
+        reach reaches[8];
+        vec acc[8];
+#pragma GCC unroll 8
+        for (int l = 0; l < loads; l++)
+            reaches[l] = reach_of(left + (S == 1 ? l : l / 2 * 2 + l % 2 * ESP_WIDTH), width);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) acc[r] = nothing;
+#pragma GCC unroll 16
+        for (int i = 0; i < lines; i++) {
+            if (top + i < 0 || top + i >= height) continue;
+            const float *from = plane + (top + i) * row_stride;
+            vec raw[8], folded;
+            if (inner)
+                for (int l = 0; l < loads; l++) raw[l] = load(from + reaches[l].at);
+            else
+                for (int l = 0; l < loads; l++)
+                    raw[l] = choose_lanes(reaches[l].inside, load_lanes(from + reaches[l].at, reaches[l].inside), nothing);
+            folded = S == 1 ? raw[0] : even(raw[0], raw[1]);
+#pragma GCC unroll 8
+            for (int k = 1; k < K; k++)
+                folded = fold_two(folded, S == 1 ? raw[k] : k % 2 ? odd(raw[k - 1], raw[k]) : even(raw[k], raw[k + 1]), sum);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++)
+                if (i >= r * S && i < r * S + K) acc[r] = fold_two(acc[r], folded, sum);
+        }
+        vec across = splat((float)K);
+        if (sum && (left < 0 || (x + count - 1) * S - pad_x + K > width))
+            for (int l = 0; l < count; l++) across[l] = (float)counted((x + l) * S - pad_x, K, width, pad_x, kind);
+        for (int r = 0; r < R; r++) {
+            float *to = out + (y + r) * out_stride + x;
+            if (sum) acc[r] = acc[r] / (across * (float)counted(top + r * S, K, height, pad_y, kind));
+            if (count == ESP_WIDTH)
+                store(to, acc[r]);
+            else
+                store_part(to, acc[r], count);
+        }
+    }
+}
+
+typedef void (*band_function)(const esp_step *, const float *, float *, int64_t);
+
+#define BAND(K, S, R) \
+    static void largest_##K##_##S##_##R(const esp_step *s, const float *plane, float *out, int64_t y) \
+    { \
+        pool_band(K, S, R, false, s, plane, out, y); \
+    } \
+    static void mean_##K##_##S##_##R(const esp_step *s, const float *plane, float *out, int64_t y) \
+    { \
+        pool_band(K, S, R, true, s, plane, out, y); \
+    }
+#define BANDS(K, S) BAND(K, S, 1) BAND(K, S, 4)
+BANDS(2, 1)
+BANDS(2, 2)
+BANDS(3, 1)
+BANDS(3, 2)
+BANDS(5, 1)
+
+#define ROW(K, S) {K, S, {{largest_##K##_##S##_1, largest_##K##_##S##_4}, {mean_##K##_##S##_1, mean_##K##_##S##_4}}}
+static const struct {
+    int64_t window, stride;
+    band_function functions[2][2]; /* largest or mean; one row or four */
+} bands[] = {ROW(2, 1), ROW(2, 2), ROW(3, 1), ROW(3, 2), ROW(5, 1)};
+
+/* Vectors of the last lanes may be read beside the rows where there are no masked loads: only arenas have room there. */
+static const band_function *bands_for(const esp_step *s)
+{
+    const int64_t *p = s->param;
+    const bool square = p[POOL_WINDOW_Y] == p[POOL_WINDOW_X] && p[POOL_STRIDE_Y] == p[POOL_STRIDE_X];
+    const bool dilated = p[POOL_DILATION_Y] != 1 || p[POOL_DILATION_X] != 1;
+    const bool rows = s->a.stride[3] == 1 && s->out.stride[3] == 1 && (ESP_WIDTH >= 8 || s->a.space == ESP_ARENA);
+    for (size_t i = 0; square && !dilated && rows && i < sizeof bands / sizeof *bands; i++)
+        if (bands[i].window == p[POOL_WINDOW_Y] && bands[i].stride == p[POOL_STRIDE_Y])
+            return bands[i].functions[p[POOL_KIND] != 0];
+    return NULL;
+}
+
 void ESP_NAME(pool)(const esp_step *s, const esp_frame *f, int part, int parts)
 {
     float *out = esp_target(&s->out, f);
@@ -91,37 +193,65 @@ void ESP_NAME(pool)(const esp_step *s, const esp_frame *f, int part, int parts)
     int64_t begin, end;
     const int64_t width = s->out.size[3], spare = STRIP - 1 - (s->param[POOL_WINDOW_X] - 1) * s->param[POOL_DILATION_X];
     const int64_t strip = spare / s->param[POOL_STRIDE_X] + 1;
+    const band_function *small = bands_for(s);
     share(rows_of(&s->out), part, parts, &begin, &end);
-    for (int64_t i = begin; i < end; i++) {
-        plane_row r = row_at(&s->out, i);
-        for (int64_t x = 0; x < width; x += strip)
-            pool_strip(s, in + r.c * s->a.stride[1], out + place(&s->out, r), r.y, x, smaller(strip, width - x));
-        zero_margin(s, out, r.c, r.y);
+    plane_row r = row_at(&s->out, begin);
+    for (int64_t i = begin, rows; i < end; i += rows) {
+        const float *plane = in + r.c * s->a.stride[1];
+        float *to = out + r.c * s->out.stride[1];
+        rows = small && end - i >= 4 && s->out.size[2] - r.y >= 4 ? 4 : 1;
+        if (small)
+            small[rows == 4](s, plane, to, r.y);
+        else
+            for (int64_t x = 0; x < width; x += strip)
+                pool_strip(s, plane, to + r.y * s->out.stride[2], r.y, x, smaller(strip, width - x));
+        for (int64_t k = 0; k < rows; k++, next_row(&s->out, &r)) zero_margin(s, out, r.c, r.y);
     }
+}
+
+/* the sum of `count` floats that lie side by side */
+ESP_INLINE vec sum_run(vec sum, const float *p, int64_t count)
+{
+    vec more[3] = {{0}, {0}, {0}};
+    int64_t k = 0;
+    for (; k + 4 * ESP_WIDTH <= count; k += 4 * ESP_WIDTH) {
+        sum += load(p + k);
+        for (int u = 0; u < 3; u++) more[u] += load(p + k + (u + 1) * ESP_WIDTH);
+    }
+    sum += (more[0] + more[1]) + more[2];
+    for (; k + ESP_WIDTH <= count; k += ESP_WIDTH) sum += load(p + k);
+    return k < count ? sum + load_part(p + k, (int)(count - k)) : sum;
 }
 
 /* means over windows that divide the plane as evenly as they can */
 void ESP_NAME(adaptive)(const esp_step *s, const esp_frame *f, int part, int parts)
 {
     const esp_operand *a = &s->a, *o = &s->out;
+    const bool whole = o->size[2] == 1 && o->size[3] == 1, rows = a->stride[3] == 1;
+    const bool run = whole && rows && (a->stride[2] == a->size[3] || a->size[2] == 1); /* a plane is one run */
     float *out = esp_target(o, f);
     const float *in = esp_source(a, f);
     int64_t begin, end;
     share(rows_of(o), part, parts, &begin, &end);
-    for (int64_t i = begin; i < end; i++) {
-        plane_row r = row_at(o, i);
-        const int64_t y0 = r.y * a->size[2] / o->size[2];
-        const int64_t y1 = ((r.y + 1) * a->size[2] + o->size[2] - 1) / o->size[2];
+    plane_row r = row_at(o, begin);
+    for (int64_t i = begin; i < end; i++, next_row(o, &r)) {
+        const float *plane = in + r.c * a->stride[1];
+        float *to = out + place(o, r);
+        const int64_t y0 = whole ? 0 : r.y * a->size[2] / o->size[2];
+        const int64_t y1 = whole ? a->size[2] : ((r.y + 1) * a->size[2] + o->size[2] - 1) / o->size[2];
         for (int64_t x = 0; x < o->size[3]; x++) {
-            const int64_t x0 = x * a->size[3] / o->size[3];
-            const int64_t x1 = ((x + 1) * a->size[3] + o->size[3] - 1) / o->size[3];
-            float sum[8] = {0};
-            for (int64_t y = y0; y < y1; y++) {
-                const float *row = in + r.c * a->stride[1] + y * a->stride[2];
-                for (int64_t k = x0; k < x1; k++) sum[(k - x0) % 8] += row[k * a->stride[3]];
-            }
-            float total = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
-            out[place(o, r) + x * o->stride[3]] = total / (float)((y1 - y0) * (x1 - x0));
+            const int64_t x0 = whole ? 0 : x * a->size[3] / o->size[3];
+            const int64_t x1 = whole ? a->size[3] : ((x + 1) * a->size[3] + o->size[3] - 1) / o->size[3];
+            vec sum = {0};
+            float total = 0;
+            if (run)
+                sum = sum_run(sum, plane, a->size[2] * a->size[3]);
+            else if (rows && x1 - x0 >= 8)
+                for (int64_t y = y0; y < y1; y++) sum = sum_run(sum, plane + y * a->stride[2] + x0, x1 - x0);
+            else
+                for (int64_t y = y0; y < y1; y++)
+                    for (int64_t k = x0; k < x1; k++) total += plane[y * a->stride[2] + k * a->stride[3]];
+            to[x * o->stride[3]] = (sum_lanes(sum) + total) / (float)((y1 - y0) * (x1 - x0));
         }
         zero_margin(s, out, r.c, r.y);
     }

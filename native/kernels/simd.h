@@ -30,6 +30,15 @@ ESP_INLINE vec load(const float *p) { return *(const vec_anywhere *)p; }
 ESP_INLINE void store(float *p, vec v) { *(vec_anywhere *)p = v; }
 ESP_INLINE vec splat(float x) { return x - (vec){0}; }
 
+/* Keep v in a register, where the compiler would load it again and again. */
+#if defined(__AVX512F__)
+#define ESP_KEEP(v) __asm__("" : "+v"(v))
+#elif defined(__x86_64__) || defined(__i386__)
+#define ESP_KEEP(v) __asm__("" : "+x"(v))
+#else
+#define ESP_KEEP(v) ((void)0)
+#endif
+
 /* where the mask is set a, else b */
 ESP_INLINE vec choose(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
 
@@ -46,6 +55,85 @@ ESP_INLINE void store_part(float *p, vec v, int n)
 #endif
 }
 
+/* Some lanes of a vector, those between two bounds; loading them touches no others and leaves zeros there, but without
+ * masked loads up to ESP_WIDTH floats before and behind are read. */
+#if ESP_WIDTH == 16
+typedef __mmask16 lanes;
+#elif ESP_WIDTH == 8
+typedef __m256i lanes;
+#else
+typedef ivec lanes;
+#endif
+
+/* low..high - 1, 0 <= low <= high <= ESP_WIDTH */
+ESP_INLINE lanes lanes_between(int low, int high)
+{
+#if ESP_WIDTH == 16
+    return (__mmask16)(((1u << high) - 1) & ~((1u << low) - 1));
+#else
+    static const int32_t steps[3 * 8] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
+    typedef int32_t ivec_anywhere __attribute__((vector_size(4 * ESP_WIDTH), aligned(4), may_alias));
+    return (lanes)(*(const ivec_anywhere *)(steps + 8 - low) & *(const ivec_anywhere *)(steps + 16 - high));
+#endif
+}
+
+ESP_INLINE vec load_lanes(const float *p, lanes which)
+{
+#if ESP_WIDTH == 16
+    return (vec)_mm512_maskz_loadu_ps(which, p);
+#elif ESP_WIDTH == 8
+    return (vec)_mm256_maskload_ps(p, which);
+#else
+    return (vec)((ivec)load(p) & which);
+#endif
+}
+
+/* the first n lanes, 0 <= n <= ESP_WIDTH, zeros behind them; nothing else is read */
+ESP_INLINE vec load_part(const float *p, int n)
+{
+#if ESP_WIDTH >= 8
+    return load_lanes(p, lanes_between(0, n));
+#else
+    vec v = {0};
+    for (int i = 0; i < n; i++) v[i] = p[i];
+    return v;
+#endif
+}
+
+/* which ? a : b, lane by lane */
+ESP_INLINE vec choose_lanes(lanes which, vec a, vec b)
+{
+#if ESP_WIDTH == 16
+    return (vec)_mm512_mask_blend_ps(which, (__m512)b, (__m512)a);
+#else
+    return choose((ivec)which, a, b);
+#endif
+}
+
+/* lanes 0, 2, 4, ... and 1, 3, 5, ... of a and b behind one another */
+#if ESP_WIDTH == 16
+ESP_INLINE vec even(vec a, vec b)
+{
+    const __m512i which = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return (vec)_mm512_permutex2var_ps((__m512)a, which, (__m512)b);
+}
+ESP_INLINE vec odd(vec a, vec b)
+{
+    const __m512i which = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return (vec)_mm512_permutex2var_ps((__m512)a, which, (__m512)b);
+}
+#elif ESP_WIDTH == 8
+ESP_INLINE vec in_order(__m256 halves)
+{
+    return (vec)_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(halves), 0xd8));
+}
+ESP_INLINE vec even(vec a, vec b) { return in_order(_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88)); }
+ESP_INLINE vec odd(vec a, vec b) { return in_order(_mm256_shuffle_ps((__m256)a, (__m256)b, 0xdd)); }
+#else
+ESP_INLINE vec even(vec a, vec b) { return (vec){a[0], a[2], b[0], b[2]}; }
+ESP_INLINE vec odd(vec a, vec b) { return (vec){a[1], a[3], b[1], b[3]}; }
+#endif
+
 /* p[index[0]], p[index[1]], ... */
 ESP_INLINE vec gather(const float *p, const int32_t *index)
 {
@@ -56,6 +144,44 @@ ESP_INLINE vec gather(const float *p, const int32_t *index)
 #else
     return (vec){p[index[0]], p[index[1]], p[index[2]], p[index[3]]};
 #endif
+}
+
+#if ESP_WIDTH == 16
+#define ESP_LANES ((ivec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
+#elif ESP_WIDTH == 8
+#define ESP_LANES ((ivec){0, 1, 2, 3, 4, 5, 6, 7})
+#else
+#define ESP_LANES ((ivec){0, 1, 2, 3})
+#endif
+
+/* lanes 0, 2, 4, ... of a, then of b; and lanes 1, 3, 5, ... */
+ESP_INLINE vec even_lanes(vec a, vec b) { return __builtin_shuffle(a, b, ESP_LANES * 2); }
+ESP_INLINE vec odd_lanes(vec a, vec b) { return __builtin_shuffle(a, b, ESP_LANES * 2 + 1); }
+
+/* a[0], b[0], a[1], b[1], ... from the first half of both; and from the second half */
+ESP_INLINE vec first_lanes(vec a, vec b) { return __builtin_shuffle(a, b, ESP_LANES / 2 + ESP_LANES % 2 * ESP_WIDTH); }
+ESP_INLINE vec last_lanes(vec a, vec b)
+{
+    return __builtin_shuffle(a, b, ESP_LANES / 2 + ESP_LANES % 2 * ESP_WIDTH + ESP_WIDTH / 2);
+}
+
+/* a[1], a[2], ..., b[0] */
+ESP_INLINE vec next_lanes(vec a, vec b) { return __builtin_shuffle(a, b, ESP_LANES + 1); }
+
+/* v[i][j] becomes v[j][i]: blocks of 1, 2, 4, ... off the diagonal change places */
+ESP_INLINE void transpose(vec v[ESP_WIDTH])
+{
+#pragma GCC unroll 4
+    for (int d = 1; d < ESP_WIDTH; d *= 2) {
+        const ivec odd = ESP_LANES & d, other = (ESP_LANES & d) / d * (ESP_WIDTH - d);
+#pragma GCC unroll 16
+        for (int i = 0; i < ESP_WIDTH; i++) {
+            if (i & d) continue;
+            const vec a = v[i], b = v[i + d];
+            v[i] = __builtin_shuffle(a, b, ESP_LANES + other);
+            v[i + d] = __builtin_shuffle(a, b, ESP_LANES + d + (ESP_WIDTH - d) * (odd / d));
+        }
+    }
 }
 
 ESP_INLINE float sum_lanes(vec v)

@@ -65,7 +65,9 @@ static bool writable(const esp_program *p, const esp_step *s)
 static const char *check_blocks(const esp_step *s, int64_t height, int64_t rows)
 {
     int64_t blocks = s->starts_count - 1;
-    if (height != 1 && height != 2 && height != 4 && height != 8 && height != 16) return "impossible block height";
+    if (height != 1 && height != 2 && height != 4 && height != 8 && height != 16 &&
+        height != ESP_LANES_HEIGHT)
+        return "impossible block height";
     if (blocks < 0 || blocks > MAX_SIZE || s->rows_count != blocks * height) return "rows and blocks disagree";
     if (s->index_count > MAX_SIZE || s->values_count != s->index_count * height) return "values and columns disagree";
     if (s->bias_count != 0 && s->bias_count != rows) return "bias and rows disagree";
@@ -99,6 +101,7 @@ static const char *check_conv(const esp_program *p, const esp_step *s)
         if (!within(s->param[i], 0, MAX_STRIDE)) return "impossible segment stride";
     const char *problem = check_blocks(s, s->param[CONV_HEIGHT], rows);
     if (problem) return problem;
+    if (s->param[CONV_HEIGHT] == ESP_LANES_HEIGHT && length > ESP_LANES_PIXELS) return "a segment too long";
     if (!multiply_add(segments, length, 0, &end) || __builtin_mul_overflow(end, s->values_count + s->starts_count, &end) ||
         end > (int64_t)1 << 48)
         return "more work than can be shared out";
@@ -143,12 +146,64 @@ static const char *check_linear(const esp_program *p, const esp_step *s)
     return NULL;
 }
 
+static const char *check_depthwise(const esp_program *p, const esp_step *s)
+{
+    const int64_t *w = s->param, *size = s->out.size, multiplier = w[DEPTHWISE_MULTIPLIER];
+    int64_t taps, count, channels;
+    for (int i = DEPTHWISE_WINDOW_Y; i <= DEPTHWISE_MULTIPLIER; i++)
+        if (!within(w[i], i == DEPTHWISE_PAD_Y || i == DEPTHWISE_PAD_X ? 0 : 1, 1 << 20)) return "impossible window";
+    if (!readable(p, &s->a) || s->a.size[0] != 1 || size[0] != 1 || s->a.size[3] > 1 << 30) return "impossible source";
+    if (size[3] > 1 << 30 || s->out.stride[3] != 1 || s->a.stride[3] != 1) return "its rows are no rows of pixels";
+    /* loads of whole vectors may touch what lies beside: an arena has room there */
+    if (s->a.space != ESP_ARENA || s->out.space != ESP_ARENA) return "it reads or writes outside the arena";
+    if (__builtin_mul_overflow(s->a.size[1], multiplier, &channels) || channels != size[1]) return "channels disagree";
+    taps = w[DEPTHWISE_WINDOW_Y] * w[DEPTHWISE_WINDOW_X];
+    if (__builtin_mul_overflow(taps, size[1], &count) || count != s->values_count) return "weights and channels disagree";
+    if (s->bias_count != 0 && s->bias_count != size[1]) return "bias and channels disagree";
+    if (s->b.space == ESP_NOWHERE) return NULL;
+    if (s->b.space != ESP_ARENA || !readable(p, &s->b) || !same_sizes(&s->b, &s->out) || s->b.stride[3] != 1)
+        return "impossible residual";
+    return NULL;
+}
+
 static const char *check_gather(const esp_program *p, const esp_step *s)
 {
     if (!readable(p, &s->a) || s->a.size[0] != 1 || s->a.size[1] != s->out.size[1]) return "impossible source";
     if (s->margins || s->index_count != 2 * s->out.size[0]) return "phases and outputs disagree";
     if (!within(s->param[GATHER_STRIDE_Y], 1, MAX_SIZE) || !within(s->param[GATHER_STRIDE_X], 1, MAX_SIZE))
         return "impossible stride";
+    return NULL;
+}
+
+/* Tiles of 4 x 4 pixels, of which each holds a pixel of the image. */
+static bool tiles_within(const esp_operand *tiles, const esp_operand *image, int64_t first)
+{
+    return tiles->size[0] == 36 && tiles->size[1] == image->size[1] && image->size[0] == 1 && image->stride[3] == 1 &&
+           tiles->stride[3] == 1 && within(first, 0, MAX_SIZE) &&
+           (first + tiles->size[2] - 1) * 4 < image->size[2] && (tiles->size[3] - 1) * 4 < image->size[3];
+}
+
+/* The image has a margin of one pixel, which is read, in the arena, behind which lies slack for whole vectors. */
+static const char *check_winograd_in(const esp_program *p, const esp_step *s)
+{
+    const esp_operand *a = &s->a;
+    int64_t last;
+    if (!readable(p, a) || a->space != ESP_ARENA || s->margins) return "impossible source";
+    if (!tiles_within(&s->out, a, s->param[WINOGRAD_FIRST])) return "tiles and image disagree";
+    if (a->offset < a->stride[2] + 1 || !multiply_add(a->size[1] - 1, a->stride[1], a->offset, &last) ||
+        !multiply_add(a->size[2], a->stride[2], last, &last) || last + a->size[3] >= p->arena_floats)
+        return "a margin lies outside the arena";
+    return NULL;
+}
+
+static const char *check_winograd_out(const esp_program *p, const esp_step *s)
+{
+    if (!readable(p, &s->a) || s->a.space != ESP_ARENA) return "impossible source";
+    if (!tiles_within(&s->a, &s->out, s->param[WINOGRAD_FIRST])) return "tiles and image disagree";
+    if (s->bias_count != 0 && s->bias_count != s->out.size[1]) return "bias and channels disagree";
+    if (s->b.space == ESP_NOWHERE) return NULL;
+    if (s->b.space != ESP_ARENA || !readable(p, &s->b) || !same_sizes(&s->b, &s->out) || s->b.stride[3] != 1)
+        return "impossible residual";
     return NULL;
 }
 
@@ -238,7 +293,10 @@ int esp_check_step(const esp_program *program, const esp_step *step, int32_t num
         switch (step->op) {
         case ESP_CONV: problem = check_conv(program, step); break;
         case ESP_LINEAR: problem = check_linear(program, step); break;
+        case ESP_DEPTHWISE: problem = check_depthwise(program, step); break;
         case ESP_GATHER: problem = check_gather(program, step); break;
+        case ESP_WINOGRAD_IN: problem = check_winograd_in(program, step); break;
+        case ESP_WINOGRAD_OUT: problem = check_winograd_out(program, step); break;
         case ESP_POOL:
         case ESP_ADAPTIVE: problem = check_pool(program, step); break;
         case ESP_MATMUL: problem = check_matmul(program, step); break;

@@ -1,20 +1,31 @@
-/* Running a program: its arena, its threads, its clock. */
+/* Running a program: its arenas, its threads, its clock.
+ *
+ * A single sample is split step by step among the threads. A batch of at least as many samples goes in waves: every
+ * thread takes whole samples, each with an arena of its own, and they only meet at steps whose weights are too large for
+ * a cache, which they share out by weights, so that a wave reads them once. Kernels give the same bits either way. */
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <time.h>
 
 #include "dispatch.h"
+#include "pages.h"
 #include "program.h"
 #include "team.h"
 
-enum { MAX_THREADS = 1024 };
+enum {
+    MAX_THREADS = 1024,
+    HEAVY_FLOATS = 1 << 18,  /* weights of a step that a wave shares out */
+    PIECE_FLOATS = 1 << 15,  /* of them at a time: they stay in a cache while all samples of the wave use them */
+    NARROWEST_HEAVY_WAVE = 4 /* samples, also with fewer threads: it pays to read large weights less often */
+};
 
 struct esp_context {
     const esp_program *program;
     esp_team *team;
     int threads;
-    void *room;   /* as it was allocated */
-    float *arena; /* aligned, with slack behind its end */
+    int wave;      /* samples that can be in work at once: as many as there are arenas */
+    void **rooms;  /* as they were allocated */
+    float **arena; /* in them: aligned, with slack before and behind */
     double *step_ms;
     int profile;
     atomic_flag busy;
@@ -25,7 +36,7 @@ struct esp_context {
 
 uint32_t esp_version(void) { return ESP_VERSION; }
 
-static int64_t workspace_floats(const esp_program *p) { return p->arena_floats + 2 * ESP_SLACK + 16; }
+static int64_t workspace_floats(const esp_program *p) { return p->arena_floats + 3 * ESP_SLACK + 16; }
 
 int64_t esp_workspace_size(const esp_program *p) { return p ? workspace_floats(p) * 4 : 0; }
 
@@ -88,9 +99,43 @@ void esp_context_free(esp_context *c)
 {
     if (!c) return;
     esp_team_free(c->team);
-    free(c->room);
+    for (int i = 0; c->rooms && i < c->wave; i++) free(c->rooms[i]);
+    free(c->rooms);
+    free(c->arena);
     free(c->step_ms);
     free(c);
+}
+
+static int heavy(const esp_step *s)
+{
+    return s->op == ESP_LINEAR && s->param[LINEAR_POSITIONS] == 1 && s->values_count >= HEAVY_FLOATS;
+}
+
+static int heavy_program(const esp_program *p)
+{
+    for (int32_t i = 0; i < p->steps_count; i++)
+        if (heavy(&p->steps[i])) return 1;
+    return 0;
+}
+
+/* One arena must be had. Where the system has no room for more, batches go sample by sample. They are zero, so that a
+ * program never sees what lay there before. */
+static int make_arenas(esp_context *c)
+{
+    size_t floats = (size_t)workspace_floats(c->program);
+    int wanted = c->threads;
+    if (heavy_program(c->program) && wanted < NARROWEST_HEAVY_WAVE) wanted = NARROWEST_HEAVY_WAVE;
+    c->rooms = calloc((size_t)wanted, sizeof *c->rooms);
+    c->arena = calloc((size_t)wanted, sizeof *c->arena);
+    if (!c->rooms || !c->arena) return 0;
+    for (c->wave = 0; c->wave < wanted; c->wave++) {
+        /* the first is always used; the others take no memory until they are */
+        void *room = c->wave ? calloc(floats, sizeof(float)) : esp_pages(floats * sizeof(float));
+        if (!room) break;
+        c->rooms[c->wave] = room;
+        c->arena[c->wave] = (float *)(((uintptr_t)room + 63) / 64 * 64) + ESP_SLACK;
+    }
+    return c->wave > 0;
 }
 
 int esp_context_create(
@@ -106,15 +151,12 @@ int esp_context_create(
     c->program = program;
     c->threads = threads;
     atomic_flag_clear(&c->busy);
-    int64_t floats = workspace_floats(program);
-    c->room = calloc((size_t)floats, sizeof(float)); /* zero: a program never sees what lay there before */
     c->step_ms = calloc((size_t)program->steps_count + 1, sizeof *c->step_ms);
-    if (!c->room || !c->step_ms) {
+    if (!c->step_ms || !make_arenas(c)) {
         esp_context_free(c);
         return esp_fail(message, capacity, ESP_NO_MEMORY, "out of memory for a workspace of %lld bytes",
-            (long long)floats * 4);
+            (long long)esp_workspace_size(program));
     }
-    c->arena = (float *)(((uintptr_t)c->room + 63) / 64 * 64);
     c->team = esp_team_create(threads);
     if (!c->team) {
         esp_context_free(c);
@@ -131,17 +173,21 @@ static double now_ms(void)
     return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
 }
 
-/* All steps of all samples, as member `part` of the team. Small steps are done by member 0 alone; members meet where
- * a step is shared or was. */
-static void run_part(void *argument, int part)
+static esp_frame frame_of(const esp_context *c, int arena, int64_t sample)
 {
-    esp_context *c = argument;
+    const esp_program *p = c->program;
+    return (esp_frame){c->arena[arena], (const float *)p->bytes, c->inputs, c->outputs, p->elements,
+        p->elements + p->inputs_count, sample};
+}
+
+/* Samples begin..end one after another, each step split among all members. Small steps are done by member 0 alone;
+ * members meet where a step is shared or was. */
+static void split_steps(esp_context *c, int part, int64_t begin, int64_t end)
+{
     const esp_program *p = c->program;
     int meet_first = 0;
-    esp_frame frame = {c->arena, (const float *)p->bytes, c->inputs, c->outputs, p->elements,
-        p->elements + p->inputs_count, 0};
-    for (int64_t sample = 0; sample < c->batch; sample++) {
-        frame.sample = sample;
+    for (int64_t sample = begin; sample < end; sample++) {
+        const esp_frame frame = frame_of(c, 0, sample);
         for (int32_t i = 0; i < p->steps_count; i++) {
             const esp_step *s = &p->steps[i];
             if (meet_first || s->parallel || c->profile) esp_team_meet(c->team);
@@ -155,6 +201,51 @@ static void run_part(void *argument, int part)
             meet_first = s->parallel;
         }
     }
+}
+
+/* A step for all samples of a wave: its weights piece by piece, each piece for every sample while it is in a cache. */
+static void run_heavy(const esp_context *c, const esp_step *s, int64_t begin, int count, int part)
+{
+    const int pieces = (int)(s->values_count / PIECE_FLOATS / c->threads + 1) * c->threads;
+    const int upto = (int)((int64_t)pieces * (part + 1) / c->threads);
+    for (int piece = (int)((int64_t)pieces * part / c->threads); piece < upto; piece++)
+        for (int k = 0; k < count; k++) {
+            const esp_frame frame = frame_of(c, k, begin + k);
+            s->kernel(s, &frame, piece, pieces);
+        }
+}
+
+/* `count` samples from `begin` at once: member `part` has those at part, part + threads, ... */
+static void run_wave(esp_context *c, int part, int64_t begin, int count)
+{
+    const esp_program *p = c->program;
+    for (int32_t first = 0, next; first < p->steps_count; first = next + 1) {
+        for (next = first; next < p->steps_count && !heavy(&p->steps[next]); next++) continue;
+        for (int k = part; k < count; k += c->threads) {
+            const esp_frame frame = frame_of(c, k, begin + k);
+            for (int32_t i = first; i < next; i++) p->steps[i].kernel(&p->steps[i], &frame, 0, 1);
+        }
+        if (next == p->steps_count) break;
+        esp_team_meet(c->team);
+        run_heavy(c, &p->steps[next], begin, count, part);
+        esp_team_meet(c->team);
+    }
+}
+
+static void run_part(void *argument, int part)
+{
+    esp_context *c = argument;
+    int64_t sample = 0;
+    const int wide = c->wave >= c->threads && c->wave > 1 && !c->profile;
+    while (wide && c->batch - sample >= c->threads && c->batch - sample > 1) {
+        const int64_t left = c->batch - sample;
+        int count = left < c->wave ? (int)left : c->wave;
+        count -= count % c->threads; /* nobody waits; what is left over is split */
+        run_wave(c, part, sample, count);
+        sample += count;
+    }
+    if (sample && sample < c->batch) esp_team_meet(c->team); /* the first arena was member 0's own */
+    split_steps(c, part, sample, c->batch);
 }
 
 int esp_run(esp_context *c, int64_t batch, const float *const *inputs, float *const *outputs)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,6 +48,12 @@ def compress_command(
     seed: int = 0,
     threads: int | None = None,
     resume: bool = False,
+    distill: float | None = None,
+    precision: str | None = None,
+    devices: int = 1,
+    num_nodes: int = 1,
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    accelerator: str = "auto",
     recipe: Recipe | None = None,
 ) -> None:
     """Train a network into a smaller, faster one and measure it.
@@ -70,6 +76,12 @@ def compress_command(
         seed: of everything random
         threads: of the measured latencies
         resume: go on with a run that was stopped
+        distill: share of the loss that the dense network teaches, 0..1
+        precision: of training, such as bf16-mixed
+        devices: processes on each node that train together
+        num_nodes: machines that train together; start the same command on each, as torchrun or SLURM does
+        strategy: ddp, or fsdp to share out gradients and optimizer states
+        accelerator: auto, cpu or cuda
         recipe: how to train: batch_size, lr, momentum, weight_decay and so on
     """
     options = {k: v for k, v in locals().items() if k not in ("model", "data")}
@@ -133,6 +145,7 @@ def bench_command(
     scheme: str = "block_punched",
     batch: int = 1,
     rounds: int = 30,
+    tune: bool = False,
     json: str | None = None,
     picture: str | None = None,
 ) -> None:
@@ -146,6 +159,7 @@ def bench_command(
         scheme: the scheme to cut it by
         batch: samples at once
         rounds: measurements of each engine
+        tune: measure on this machine which format runs each layer fastest, instead of estimating
         json: a file for all figures
         picture: a .svg or .html file for bars of engines and steps
     """
@@ -156,7 +170,7 @@ def bench_command(
     if density is not None:
         module = _cut(module, example, density, scheme)
     torch.set_num_threads(threads)
-    program = compile(module, example, threads=threads)
+    program = compile(module, example, threads=threads, tune=tune)
     candidates: dict[str, Callable[[], object]] = {"espalier": lambda: program(example)}
     if density is not None:
         whole = compile(dense, example, threads=threads)

@@ -66,11 +66,14 @@ class Everything(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, 2, 1, groups=2)
-        self.fc, self.turn = nn.Linear(24, 5), nn.Linear(4, 8)
+        self.c, self.d = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding=1)
+        self.dw, self.fc = nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Linear(24, 5)
+        self.turn = nn.Linear(4, 8)
 
     def forward(self, x):
         y = self.a(x).sigmoid()
-        y = torch.relu(y + self.a(x * 2))
+        y = torch.relu(y + self.dw(self.a(x * 2)))
+        y = y + self.d(nn.functional.pad(self.c(x), (4, 4, 4, 4)))[:, :6, 4:15, 4:15]
         y = nn.functional.pad(nn.functional.max_pool2d(self.b(y), 3, 2, 1), (1, 0))
         y = nn.functional.adaptive_avg_pool2d(y * y, 2).flatten(1)
         tokens = torch.nn.functional.layer_norm(self.turn(y.reshape(-1, 6, 4)), (8,))
@@ -99,7 +102,7 @@ def test_damaged_programs_never_crash(program, tmp_path, seed) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     refused, ran = map(int, done.stdout.split())
-    assert refused > ran > 0
+    assert min(refused, ran) > int(rounds) / 5
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.runtime import mobile
 from torch import Tensor, nn
 
 from espalier.errors import ShapeError
@@ -197,3 +198,21 @@ def test_a_network_for_one_batch_size(assert_close) -> None:
     assert_close(executable(x), net(x))
     with pytest.raises(ShapeError, match=r"expected shape \[1, 3, 6, 6\], got \[2, 3, 6, 6\]"):
         executable(torch.randn(2, 3, 6, 6))
+
+
+@pytest.mark.parametrize("name", mobile.NETWORKS)
+@pytest.mark.parametrize("cut", [False, True])
+def test_networks_for_telephones(isa, name, cut, check_network) -> None:
+    network = randomised(mobile.NETWORKS[name]())
+    check_network(pruned(network) if cut else network, (3, 72, 67))
+
+
+@pytest.mark.parametrize("name", mobile.NETWORKS)
+def test_networks_for_telephones_run_on_the_kernels_made_for_them(name) -> None:
+    """Depthwise windows on theirs; phases are gathered for other strided windows only; nothing is left to PyTorch."""
+    executable = compile(mobile.NETWORKS[name]().eval(), torch.randn(1, 3, 64, 64), threads=1)
+    assert executable.fallbacks == ()
+    depthwise = [n for n in executable.graph.nodes if n.op == "conv" and n.attrs["conv_groups"] > 16]
+    rows = executable.describe()
+    assert sum(row.kernel.startswith("depthwise/") for row in rows) >= len(depthwise)
+    assert [row.step for row in rows if row.op == "gather"] == ["conv2d/phases"]

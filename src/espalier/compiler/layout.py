@@ -19,8 +19,11 @@ from types import MappingProxyType
 import torch
 
 from espalier.compiler.program import Four, Operand, Space, dense_strides
+from espalier.compiler.window import is_depthwise
 from espalier.graph.ir import Graph, Node
 
+# Planes of so many floats begin with a cache line, so that no vector lies in two; and in different sets of the cache.
+_WHOLE_LINES, _ODD_LINES = 48, 144
 _BATCH_STRIDE = 1 << 50  # of the batch dimension while views are worked out; no sample is as large
 
 
@@ -172,8 +175,10 @@ class Layout:
         stride = max(o.width + o.side for o in same)
         reach = r.vertical * stride + r.side  # what windows read before the first and after the last pixel
         plane = (r.height - 1) * stride + r.width + reach
-        if plane >= 256:  # planes begin in different cache sets: an odd number of cache lines
-            plane = (-(-plane // 16) | 1) * 16
+        if plane >= _WHOLE_LINES:
+            plane = -(-plane // 16) * 16
+        if plane >= _ODD_LINES:
+            plane |= 16
         front = -(-reach // 16) * 16
         return Storage(root, r.channels, r.height, r.width, stride, plane, r.vertical, r.side, front)
 
@@ -289,7 +294,10 @@ def _plan_conv(layout: Layout, node: Node, graph: Graph) -> None:
     window = graph.values[str(node.inputs[1])].shape[2:]
     home = layout.home[source][0] if source in layout.home else None
     target = layout.home[out][0]
-    if all(s == 1 for s in node.attrs["stride"]):
+    if is_depthwise(graph, node):  # reads planes of any kind, in the arena
+        if home is None and f"{source}/planes" not in layout.roots:
+            layout.add(f"{source}/planes", layout.shapes[source])
+    elif all(s == 1 for s in node.attrs["stride"]):
         padding = [0, *node.attrs["padding"]][-2:]
         if home is None:
             home = f"{source}/planes"

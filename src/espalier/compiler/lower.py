@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from espalier.compiler.depth_first import depth_first
 from espalier.compiler.emit import Emitter
 from espalier.compiler.fuse import fold_constants, fuse
 from espalier.compiler.layout import Place, plan_layout
-from espalier.compiler.memory import Interval, allocate
+from espalier.compiler.memory import Interval, allocate, in_place
 from espalier.compiler.program import Operand, Program, Step, TensorSpec, dense_strides
 from espalier.compiler.samples import follows, track
 from espalier.compiler.support import LOWERINGS, why_not
@@ -67,6 +68,24 @@ def split(graph: Graph) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
+def native_nodes(graph: Graph) -> Iterator[tuple[Graph, Node]]:
+    """The conv and linear nodes that the engine will run, each with the fused graph that it is part of."""
+    for piece in split(graph):
+        if piece.program is not None:
+            part = depth_first(fuse(piece.graph))
+            yield from ((part, node) for node in part.nodes if node.op in ("conv", "linear"))
+
+
+def alone(graph: Graph, node: Node) -> Graph:
+    """The graph of one node of a fused graph."""
+    return subgraph(replace(graph, outputs=()), [node], node.outputs)
+
+
+def program_of(graph: Graph) -> Program:
+    """The program of a fused graph that the engine can run as it is."""
+    return _program(graph, batch_of(graph))
+
+
 def batch_of(graph: Graph) -> int:
     """Size of dimension 0 of the inputs at which the graph was captured; 0 where there is none."""
     shapes = [graph.values[name].shape for name in graph.inputs if graph.values[name].shape]
@@ -104,13 +123,13 @@ def _runs(graph: Graph, reasons: dict[str, str]) -> list[tuple[bool, list[Node]]
     return runs
 
 
-def subgraph(graph: Graph, nodes: Sequence[Node]) -> Graph:
+def subgraph(graph: Graph, nodes: Sequence[Node], kept: Sequence[str] = ()) -> Graph:
     """The graph of some nodes: inputs are what they read from outside, outputs what is read outside."""
     inside = {node.name for node in nodes}
     made = {name for node in nodes for name in node.outputs}
     read = [name for node in nodes for name in node.inputs if name is not None]
     readers = graph.readers()
-    wanted = set(graph.outputs)
+    wanted = {*graph.outputs, *kept}
     outputs = [n for n in made if n in wanted or any(r.name not in inside for r in readers[n])]
     order = {name: k for k, name in enumerate(n for node in nodes for n in node.outputs)}
     outputs.sort(key=order.__getitem__)
@@ -132,6 +151,7 @@ def subgraph(graph: Graph, nodes: Sequence[Node]) -> Graph:
 
 def _program(graph: Graph, batch: int) -> Program:
     """Steps for a fused graph that the engine can run."""
+    graph = depth_first(graph)
     fresh = {name for node in graph.nodes if LOWERINGS[node.op].fresh for name in node.outputs}
     samples = track(graph, batch)
     layout = plan_layout(graph, graph.nodes, graph.inputs, fresh, samples.shapes)
@@ -152,6 +172,8 @@ def _program(graph: Graph, batch: int) -> Program:
 
 def _in_arena(e: Emitter) -> tuple[tuple[Step, ...], int]:
     """Steps whose operands lie in one arena, and its size in bytes."""
+    renamed = in_place(e.steps, {name: s.size_bytes for name, s in e.storages.items()})
+    e.steps = [_with_storages(step, renamed) for step in e.steps]
     alive: dict[str, tuple[int, int]] = {}
     for number, step in enumerate(e.steps):
         for name in _storages(step):
@@ -165,6 +187,13 @@ def _in_arena(e: Emitter) -> tuple[tuple[Step, ...], int]:
 
     steps = [replace(s, out=settled(s.out), a=settled(s.a), b=settled(s.b)) for s in e.steps]
     return tuple(steps), arena.size_bytes
+
+
+def _with_storages(step: Step, renamed: dict[str, str]) -> Step:
+    out, a, b = (
+        replace(o, storage=renamed[o.storage]) if o.storage in renamed else o for o in (step.out, step.a, step.b)
+    )
+    return replace(step, out=out, a=a, b=b)
 
 
 def _storages(step: Step) -> Iterable[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from espalier.compiler import emit_blocks, emit_ops, emit_resize, emit_tokens
+from espalier.compiler import emit_depthwise, emit_ops, emit_resize, emit_tokens
 from espalier.compiler.emit import Emitter
 from espalier.compiler.samples import Samples, follows
 from espalier.compiler.transposed import transposed_as_conv
@@ -210,9 +210,9 @@ def _rewritten(e: Emitter, node: Node) -> None:
 
 
 def _table() -> dict[str, Lowering]:
-    ops, blocks, tokens, resize = emit_ops, emit_blocks, emit_tokens, emit_resize
+    ops, tokens, resize = emit_ops, emit_tokens, emit_resize
     table = {
-        "conv": Lowering(blocks.conv, _conv),
+        "conv": Lowering(emit_depthwise.conv, _conv),
         "linear": Lowering(tokens.linear, _linear),
         "affine": Lowering(ops.affine, _constants),
         "batch_norm": Lowering(ops.batch_norm, _constants),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from espalier.compiler.blocks import choosing
 from espalier.compiler.lower import Piece, batch_of, split
 from espalier.compiler.program import Step
 from espalier.errors import ShapeError
@@ -22,6 +22,7 @@ from espalier.graph.interpret import assemble, run_values
 from espalier.graph.ir import Graph
 from espalier.graph.module import to_module
 from espalier.runtime.engine import Context, LoadedProgram
+from espalier.runtime.tune import tuned
 
 MOST_SAMPLES = 2**31 - 1  # in one call, as in esp_run
 
@@ -100,19 +101,27 @@ class Executable:
     fallbacks: what PyTorch runs, as "node (op): why".
     """
 
-    def __init__(self, graph: Graph, threads: int | None = None, pieces: tuple[Piece, ...] | None = None) -> None:
-        """pieces: of the graph, where they are known already.
+    def __init__(
+        self,
+        graph: Graph,
+        threads: int | None = None,
+        tune: bool = False,
+        pieces: tuple[Piece, ...] | None = None,
+    ) -> None:
+        """pieces: of the graph, where they are known already. tune: see `compile`.
 
         Raises EngineError when the native library is missing or refuses."""
         self.graph = graph
         self.threads = threads or os.cpu_count() or 1
         if self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
-        with torch.inference_mode(False), torch.no_grad():  # views are told from copies, also inside the caller's
-            self._pieces = split(graph) if pieces is None else pieces
+        if pieces is None:
+            # views are told from copies, also inside the caller's inference mode
+            with torch.inference_mode(False), torch.no_grad(), choosing(tuned(graph, self.threads) if tune else None):
+                pieces = split(graph)
+        self._pieces = pieces
         self._batch = batch_of(graph)
         self._runners = [_Native(p, self.threads) if p.program else _Torch(p) for p in self._pieces]
-        self._profiling = threading.Lock()
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -210,12 +219,18 @@ class Executable:
 
 
 def compile(
-    model: nn.Module | Graph, example_inputs: ExampleInputs | None = None, *, threads: int | None = None
+    model: nn.Module | Graph,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    threads: int | None = None,
+    tune: bool = False,
 ) -> Executable:
     """Make a network ready to run on this machine's engine.
 
     model: a module, captured in eval mode on `example_inputs`; or a graph, which needs none.
     threads: for one call; default: all cores.
+    tune: measure here which format runs each layer fastest, instead of estimating. Takes seconds to a minute the first
+        time; measurements are kept in $ESPALIER_CACHE or the platform's place for caches.
 
     What the engine lacks runs in PyTorch, and stands in `.fallbacks`. Raises CaptureError for a module that cannot be
     followed, EngineError when the native library is missing.
@@ -224,10 +239,10 @@ def compile(
     torch.Size([8, 10])
     """
     if isinstance(model, Graph):
-        return Executable(model, threads)
+        return Executable(model, threads, tune)
     if example_inputs is None:
         raise ShapeError("compile needs example inputs for a module: compile(model, torch.randn(1, 3, 224, 224))")
-    return Executable(capture(model, example_inputs), threads)
+    return Executable(capture(model, example_inputs), threads, tune)
 
 
 def _shown(shape: Sequence[Any]) -> str:

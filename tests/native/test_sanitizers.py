@@ -1,0 +1,166 @@
+"""The native library under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: valid programs with every
+kind of step, damaged ones, many callers. Skipped, loudly, only where the compiler has no such runtime."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from espalier.compiler import depth_first
+from espalier.compiler.lower import lower
+from espalier.compiler.program import STEP_OPS
+from espalier.graph.capture import capture
+from espalier.runtime.engine import isas
+from tests.native.builds import build, missing
+
+ROUNDS = int(os.environ.get("ESPALIER_FUZZ_ROUNDS", "250"))
+ISAS = [isa.name for isa in isas() if isa.supported]
+
+
+class Everything(nn.Module):
+    """A step of every kind, with margins, phases, views, residuals and constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, 2, 1, groups=2)
+        self.dw, self.far = nn.Conv2d(6, 12, 5, 2, 2, groups=6), nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=12)
+        self.fc, self.scale = nn.Linear(48, 5), nn.Parameter(torch.rand(6, 1, 1))
+
+    def forward(self, x):
+        y = self.a(x).sigmoid() * self.scale
+        y = torch.relu(y + self.a(F.silu(x * 2)))
+        z = F.pad(F.max_pool2d(self.b(y), 3, 2, 1), (1, 0))
+        z = torch.cat([F.adaptive_avg_pool2d(z * z, 3), F.avg_pool2d(y, 4, 4)[:, :, :3, :3]], 1)
+        z = z * z.mean((2, 3), keepdim=True)
+        w = F.elu(self.far(self.dw(y)))
+        w = F.adaptive_avg_pool2d(w, 2) + F.gelu(z[:, :, :2, :2])
+        return self.fc(w.flatten(1)).softmax(1), F.log_softmax(z, 1).permute(0, 2, 3, 1)
+
+
+def sparse(network: nn.Module, density: float) -> nn.Module:
+    """The network with most weights zero: blocks of every height."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in network.parameters():
+            if p.ndim > 1:
+                p *= torch.rand(p.shape[0] // 4 + 1, *p.shape[1:]).repeat_interleave(4, 0)[: p.shape[0]] < density
+    return network
+
+
+def inverted(n: int, stride: int) -> nn.Module:
+    window = nn.Conv2d(n, n, 3, stride, 1, groups=n)
+    return nn.Sequential(nn.Conv2d(4, n, 1), nn.ReLU6(), window, nn.ReLU6(), nn.Conv2d(n, 9, 1))
+
+
+def windows() -> nn.Module:
+    sizes = ((3, 1), (5, 1), (7, 1), (3, 2), (5, 2), (7, 2))
+    return nn.Sequential(*[nn.Conv2d(4, 4, k, s, k // 2, groups=4) for k, s in sizes])
+
+
+def strided() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 9, 7, 2, 3), nn.MaxPool2d(3, 2, 1), nn.Conv2d(9, 4, 1, 2))
+
+
+class Pools(nn.Module):
+    """Every window of native/kernels/pool.c, from inputs, from planes with margins, into outputs."""
+
+    def forward(self, x):
+        small = [(2, 1, 0), (2, 2, 0), (3, 1, 1), (3, 2, 1), (5, 1, 2), (4, 3, 1)]
+        made = [pool(x, *window) for window in small for pool in (F.max_pool2d, F.avg_pool2d)]
+        return *made, x.softmax(-1), x.mean((2, 3)), F.adaptive_avg_pool2d(x, 3), x * x[:, :, :, 2:3]
+
+
+NETWORKS = {
+    "everything": (Everything, (3, 13, 12)),
+    "sparse": (lambda: sparse(nn.Sequential(nn.Conv2d(8, 37, 3, padding=1), nn.Conv2d(37, 5, 1)), 0.2), (8, 15, 17)),
+    "windows": (windows, (4, 43, 57)),
+    "groups": (lambda: inverted(44, 2), (4, 30, 31)),
+    "strided": (strided, (3, 33, 31)),
+    "pools": (Pools, (3, 19, 43)),
+    "tokens": (lambda: nn.Sequential(nn.Linear(12, 33), nn.GELU(), nn.Linear(33, 12)), (7, 12)),
+    "heavy": (lambda: nn.Sequential(nn.Linear(70, 3900), nn.ReLU(), nn.Linear(3900, 70)), (70,)),
+    "line": (lambda: nn.Sequential(nn.Conv1d(4, 8, 5, 2, 2), nn.Conv1d(8, 8, 3, padding=1, groups=8)), (4, 50)),
+}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder, paths = tmp_path_factory.mktemp("programs"), []
+    patch = pytest.MonkeyPatch()
+    patch.setattr(depth_first, "LARGE_BYTES", 100_000)
+    patch.setattr(depth_first, "GROUP_BYTES", 60_000)
+    for name, (make, shape) in NETWORKS.items():
+        torch.manual_seed(0)
+        paths.append(folder / name)
+        paths[-1].write_bytes(lower(capture(make().eval(), torch.randn(2, *shape))).to_bytes())
+    patch.undo()
+    return paths
+
+
+def driver(sanitizer: str, names: list[str], factory: pytest.TempPathFactory) -> Path:
+    """Built; or a skip that nobody overlooks."""
+    folder = factory.mktemp(sanitizer.split(",")[0])
+    for one in sanitizer.split(","):
+        reason = missing(one, folder)
+        if reason:
+            text = f"NOT CHECKED with the {one} sanitizer: this compiler has no runtime for it ({reason})"
+            warnings.warn(text, stacklevel=1)
+            pytest.skip(text)
+    return build(sanitizer, names, folder)
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return driver("address,undefined", [isa.name for isa in isas()], tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def threads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return driver("thread", ["baseline"], tmp_path_factory)
+
+
+def run(program: Path, *arguments: object, **environment: str) -> str:
+    """What it prints. A sanitizer's report ends it."""
+    settings = {"ASAN_OPTIONS": "allocator_may_return_null=1:max_allocation_size_mb=2000", **environment}
+    command = [str(program), *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=280, check=False, env={**os.environ, **settings}
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_valid_programs_in_clean_memory(memory, programs, isa) -> None:
+    """Every kind of step, at several threads and batches, with equal bits."""
+    kernels = run(memory, "run", *programs, ESPALIER_ISA=isa).split()
+    assert {kernel.split("/")[0] for kernel in kernels} == set(STEP_OPS)
+    assert {kernel.split("/")[-1] for kernel in kernels} == {isa}
+    assert len({kernel for kernel in kernels if kernel.startswith(("conv/", "linear/"))}) >= 5
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_damaged_programs_in_clean_memory(memory, programs, isa) -> None:
+    seed = sum(map(ord, isa))
+    refused, ran = map(int, run(memory, "attack", seed, ROUNDS, *programs, ESPALIER_ISA=isa).split())
+    assert refused > ran > 0
+
+
+def test_many_callers_without_races(threads, programs) -> None:
+    run(threads, "run", *programs)
+    run(threads, "race", *programs)
+
+
+def test_a_float_too_far_is_found(memory, programs) -> None:
+    """Outputs that are one float too short end with a report."""
+    program = build("address,undefined", [isa.name for isa in isas()], memory.parent, ("-DSHORT_OUTPUTS=1",))
+    for path in programs:
+        with pytest.raises(AssertionError, match="heap-buffer-overflow"):
+            run(program, "run", path)
