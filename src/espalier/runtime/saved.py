@@ -69,7 +69,7 @@ def restore(graph: Graph, pieces: Sequence[tuple[Mapping[str, Any], bytes]], thr
     if nodes:
         raise ValueError(f"node {next(iter(nodes))!r:.80} is in no piece")
     try:
-        program = Executable(graph, threads, tuple(made))
+        program = Executable(graph, threads, pieces=tuple(made))
     except EngineError as error:
         raise ValueError(f"the engine refuses its program: {error}") from error
     for piece, loaded in program.loaded():
