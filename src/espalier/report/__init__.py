@@ -2,6 +2,20 @@
 
 from espalier.report.bench import BenchReport
 from espalier.report.measure import SiteSize, Size, size, sizes
+from espalier.report.picture import Curve, curves, write_picture
 from espalier.report.summary import FIGURES, achieved, latencies, print_summary
 
-__all__ = ["FIGURES", "BenchReport", "SiteSize", "Size", "achieved", "latencies", "print_summary", "size", "sizes"]
+__all__ = [
+    "FIGURES",
+    "BenchReport",
+    "Curve",
+    "SiteSize",
+    "Size",
+    "achieved",
+    "curves",
+    "latencies",
+    "print_summary",
+    "size",
+    "sizes",
+    "write_picture",
+]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from espalier.errors import DataError
-from espalier.report.picture import Bar, write_picture
+from espalier.report.picture import Bar, svg, write_picture
 from espalier.runtime import LayerTime, Timing
 
 WIDE = 150  # characters: room for reasons
@@ -95,7 +95,7 @@ class BenchReport:
             Bar(n, t.median_ms, f"{t.median_ms:.3f} ms", float(n == "espalier")) for n, t in self.timings.items()
         ]
         bars = [Bar(row.step, row.time_ms, _note(row), row.peak_share) for row in self.layers if row.share >= SMALL]
-        write_picture(path, [(self.title, engines), ("milliseconds of every step", bars)])
+        write_picture(path, svg([(self.title, engines), ("milliseconds of every step", bars)]))
 
 
 def _note(row: LayerTime) -> str:
