@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import espalier as es
-from espalier.errors import DataError, TrainingError, UnknownNameError
+from espalier.errors import DataError, MissingExtraError, TrainingError, UnknownNameError
 from espalier.mapping import Cluster, Here, Log, Processes, Space, best, front, search, study
-from espalier.mapping.cluster import ray
+from espalier.mapping.picture import draw_front
 from espalier.mapping.space import Option
 
 SITES = tuple("abcdef")
@@ -191,7 +191,8 @@ def test_errors_of_the_work_come_through() -> None:
 
 def test_a_cluster_that_loses_a_machine_loses_no_trial(tmp_path: Path) -> None:
     """Two workers of a local Ray cluster; one is killed in the middle of its trials."""
-    from ray.cluster_utils import Cluster as Local  # only here: importing it takes seconds
+    import ray  # only here: importing it takes seconds
+    from ray.cluster_utils import Cluster as Local
 
     local = Local(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [local.add_node(num_cpus=1, include_dashboard=False) for _ in range(2)]
@@ -215,3 +216,15 @@ def test_a_cluster_that_loses_a_machine_loses_no_trial(tmp_path: Path) -> None:
     finally:
         ray.shutdown()
         local.shutdown()
+
+
+@pytest.mark.parametrize("extra", ["ray", "optuna", "matplotlib.figure"])
+def test_an_extra_that_is_missing_is_named(extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, extra, None)  # importing it raises ImportError
+    tasks = {
+        "ray": lambda: list(Cluster("local").run(_fails, [0])),
+        "optuna": lambda: study(toy(), Table(), tmp_path / "t.jsonl", trials=1),
+        "matplotlib.figure": lambda: draw_front({"a": [(1.0, 90.0)]}, tmp_path / "a.png"),
+    }
+    with pytest.raises(MissingExtraError, match=r"pip install"):
+        tasks[extra]()

@@ -14,11 +14,6 @@ from typing import Any, final
 from espalier.errors import MissingExtraError, TrainingError
 from espalier.mapping.workers import Work, Workers
 
-try:  # an optional extra
-    import ray
-except ImportError:
-    ray = None  # type: ignore[assignment]
-
 RETRIES = 5  # of a trial whose worker died
 
 
@@ -38,8 +33,7 @@ class Cluster(Workers):
 
     def run(self, work: Work, jobs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """Raises MissingExtraError without Ray, TrainingError where no cluster answers or a trial's workers all die."""
-        if ray is None:
-            raise MissingExtraError("ray", "cluster")
+        ray = _ray()
         if not ray.is_initialized():
             try:
                 ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
@@ -60,6 +54,14 @@ class Cluster(Workers):
                 except ray.exceptions.RayError as error:
                     raise TrainingError(f"a trial's workers died {RETRIES + 1} times: {error}") from error
                 yield index, result
+
+
+def _ray() -> Any:
+    try:
+        import ray  # here: an optional extra that takes half a second, which few need
+    except ImportError as error:
+        raise MissingExtraError("ray", "cluster") from error
+    return ray
 
 
 def work_on(work: Work, job: Any) -> Any:

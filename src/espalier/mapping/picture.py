@@ -11,11 +11,6 @@ from espalier.errors import DataError, MissingExtraError
 from espalier.mapping.sensitivity import Sensitivity
 from espalier.mapping.trials import Trial, front
 
-try:  # an optional extra
-    from matplotlib.figure import Figure
-except ImportError:
-    Figure = None  # type: ignore[assignment,misc]
-
 COLUMNS = 4
 
 
@@ -69,8 +64,10 @@ def draw_trials(trials: Sequence[Trial], path: str | Path, title: str = "") -> P
 
 
 def _figure(width: float, height: float) -> Any:
-    if Figure is None:
-        raise MissingExtraError("matplotlib", "plots")
+    try:
+        from matplotlib.figure import Figure  # here: an optional extra that takes its time, which few need
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plots") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -19,17 +19,12 @@ from typing import Literal
 
 import torch
 
-from espalier.errors import MissingExtraError, UnknownNameError
+from espalier.errors import UnknownNameError
 from espalier.mapping.policy import Policy
 from espalier.mapping.space import Space
 from espalier.mapping.trials import Log, Trial, best
 from espalier.mapping.workers import Here, Workers
 from espalier.sparsity import Plan
-
-try:  # an optional extra
-    import optuna
-except ImportError:
-    optuna = None  # type: ignore[assignment]
 
 PRICE = 1.0  # points of accuracy for every per cent of latency above the target
 POPULATION = 8
@@ -113,15 +108,16 @@ def study(
     trials: of this sampler, those in `file` already included. Everything in the file is told to the study first.
     Raises MissingExtraError without optuna; else as `search`.
     """
-    if optuna is None:
-        raise MissingExtraError("optuna", "search")
     if sampler not in _SAMPLERS:
         raise UnknownNameError("sampler", sampler, _SAMPLERS)
+    optuna = _optuna()
     log, run = Log(file, space.name), f"{sampler} {seed}"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    made = optuna.create_study(directions=["maximize", "minimize"], sampler=_SAMPLERS[sampler](seed, population))
+    made = optuna.create_study(
+        directions=["maximize", "minimize"], sampler=_SAMPLERS[sampler](optuna, seed, population)
+    )
     names = [f"{k} {site}" for k, site in enumerate(space.sites)]
-    ranges: dict[str, optuna.distributions.BaseDistribution] = {
+    ranges = {
         name: optuna.distributions.CategoricalDistribution(list(range(len(each))))
         for name, each in zip(names, space.options)
     }
@@ -147,10 +143,18 @@ def study(
     return list(log.trials)
 
 
-_SAMPLERS: dict[str, Callable[[int, int], optuna.samplers.BaseSampler]] = {
-    "tpe": lambda seed, size: optuna.samplers.TPESampler(seed=seed, n_startup_trials=size),
-    "nsga2": lambda seed, size: optuna.samplers.NSGAIISampler(seed=seed, population_size=max(2, size)),
+_SAMPLERS: dict[str, Callable[[Any, int, int], Any]] = {
+    "tpe": lambda optuna, seed, size: optuna.samplers.TPESampler(seed=seed, n_startup_trials=size),
+    "nsga2": lambda optuna, seed, size: optuna.samplers.NSGAIISampler(seed=seed, population_size=max(2, size)),
 }
+
+
+def _optuna() -> Any:
+    try:
+        import optuna  # here: an optional extra that takes its time, which few need
+    except ImportError as error:
+        raise MissingExtraError("optuna", "search") from error
+    return optuna
 
 
 def _pick(policy: Policy, seed: int, number: int, start: Sequence[int] | None) -> tuple[int, ...]:
