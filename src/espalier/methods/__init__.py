@@ -5,7 +5,7 @@ from espalier.methods.allocate import Allocation, allocate
 from espalier.methods.base import Density, Method, Run
 from espalier.methods.magnitude import Magnitude
 from espalier.methods.primal_proximal import PrimalProximal
-from espalier.methods.purify import PurifyReport, purify
+from espalier.methods.purify import PurifyReport, purify, remove_unused
 from espalier.methods.reweighted import Reweighted
 from espalier.methods.selective_decay import SelectiveDecay
 from espalier.methods.structure_parameters import StructureParameters
@@ -27,5 +27,6 @@ __all__ = [
     "allocate",
     "get",
     "purify",
+    "remove_unused",
     "start",
 ]
