@@ -243,3 +243,16 @@ def test_a_state_of_another_plan_or_method_is_refused() -> None:
 def test_unknown_settings_list_the_known_ones(name: str, options: dict[str, str]) -> None:
     with pytest.raises(UnknownNameError, match="Known"):
         get(name, **options)
+
+
+@pytest.mark.parametrize("name", ["column", "filter+column", "block_punched", "weight"])
+@pytest.mark.parametrize("method", FINDERS)
+def test_one_density_for_the_whole_network_is_met(method: str, name: str) -> None:
+    """Layers get what they need of it: the one whose weights differ most loses most."""
+    made = replace(CASES[method], density=0.4)
+    model, run, optimizer = begin(made, name, sites=("conv2", "conv3"), found=True)
+    train(model, run, optimizer, 0, STEPS)
+    rows = run.densities()
+    total = sum(row.achieved * row.weights for row in rows) / sum(row.weights for row in rows)
+    assert total == pytest.approx(0.4, abs=0.06) and all(row.requested is None for row in rows)
+    assert len({row.achieved for row in rows}) == 2

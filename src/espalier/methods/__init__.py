@@ -1,9 +1,32 @@
-"""How training gets there: the run protocol, one file per method, purification."""
+"""How training gets there: the run protocol, one file per method, allocation, purification."""
 
 from espalier.methods.admm import ADMM
-from espalier.methods.base import Method, Run
+from espalier.methods.allocate import Allocation, allocate
+from espalier.methods.base import Density, Method, Run
 from espalier.methods.magnitude import Magnitude
-from espalier.methods.purify import PurifyReport, purify
+from espalier.methods.primal_proximal import PrimalProximal
+from espalier.methods.purify import PurifyReport, purify, remove_unused
+from espalier.methods.reweighted import Reweighted
+from espalier.methods.selective_decay import SelectiveDecay
+from espalier.methods.structure_parameters import StructureParameters
 from espalier.methods.table import METHODS, get, start
 
-__all__ = ["ADMM", "METHODS", "Magnitude", "Method", "PurifyReport", "Run", "get", "purify", "start"]
+__all__ = [
+    "ADMM",
+    "METHODS",
+    "Allocation",
+    "Density",
+    "Magnitude",
+    "Method",
+    "PrimalProximal",
+    "PurifyReport",
+    "Reweighted",
+    "Run",
+    "SelectiveDecay",
+    "StructureParameters",
+    "allocate",
+    "get",
+    "purify",
+    "remove_unused",
+    "start",
+]

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from espalier.methods.base import Method, Progress, State
 from espalier.methods.ramps import ramp, staircase
-from espalier.methods.targets import Lane, Target, freeze, judged
+from espalier.methods.shares import shares
+from espalier.methods.targets import Target, freeze, judged
 from espalier.sparsity import Frozen
 
 SOFT = 0.3  # of the threshold's pull on the groups that live, at the start
@@ -33,6 +34,7 @@ class PrimalProximal(Method):
     Our reading: towards `until` the threshold turns from soft to hard, so that living groups get back their size.
 
     threshold: where a rule has no density, lambda / rho once the ramp is over; the densities come out.
+    density: of all sites of the plan together, for the rules that have none: then too lambda is steered, one for all.
     until: the share of the run after which threshold or density is reached. Where a rule has a density, lambda is
         steered: at each update it is the one that leaves as many groups alive as the ramp wants.
     rho_start, rho_end: the pull towards the mean of the copies, decoupled from the optimizer (as in AdamW), so that it
@@ -43,6 +45,7 @@ class PrimalProximal(Method):
     """
 
     threshold: float = 0.3
+    density: float | None = None
     until: float = 0.6
     rho_start: float = 10.0
     rho_end: float = 100.0
@@ -83,31 +86,33 @@ class PrimalProximal(Method):
 
     def _update(self, targets: list[Target], state: State, share: float, refresh: bool) -> None:
         """``Z <- soft threshold of W``; at a milestone the weighting first."""
+        norms: dict[str, Tensor] = {}
         for r in range(max((len(t.scheme.rules) for t in targets), default=0)):
             lanes = [t.lanes()[r] for t in targets if r < len(t.scheme.rules)]
             weights = {lane.target.site: lane.target.weight.detach().float() for lane in lanes}
             by = judged([lane.target for lane in lanes], weights, r)
             for lane in lanes:
-                w = weights[lane.target.site]
-                norms = lane.mean(lane.outside(by[lane.target.site]).square()).sqrt()
-                norms = norms / norms.square().mean().sqrt().clamp_min(1e-30)
-                if refresh:
-                    state[lane.key("a")] = 1 / (norms.square() + self.eps)
-                a = state[lane.key("a")]
-                soft = SOFT * max(0.0, 1 - share)
-                reach = norms / a
-                shrunk = 1 - self._threshold(lane, reach, share) / reach.clamp_min(1e-30)
-                shrunk = torch.where(shrunk > 0, 1 - soft * (1 - shrunk), 0)
-                state[lane.key("z")] = torch.lerp(lane.nearest(w), w, lane.spread(shrunk))
+                found = lane.mean(lane.outside(by[lane.target.site]).square()).sqrt()
+                norms[lane.key("")] = found / found.square().mean().sqrt().clamp_min(1e-30)
+        wanted = shares(targets, norms, self.density)
         for target in targets:
-            copies = [state[lane.key("z")] for lane in target.lanes()]
+            copies = []
+            for lane in target.lanes():
+                if refresh:
+                    state[lane.key("a")] = 1 / (norms[lane.key("")].square() + self.eps)
+                reach = norms[lane.key("")] / state[lane.key("a")]
+                shrunk = 1 - self._threshold(wanted[lane.key("")], reach, share) / reach.clamp_min(1e-30)
+                shrunk = torch.where(shrunk > 0, 1 - SOFT * max(0.0, 1 - share) * (1 - shrunk), 0)
+                w = target.weight.detach().float()
+                copies.append(torch.lerp(lane.nearest(w), w, lane.spread(shrunk)))
+                state[lane.key("z")] = copies[-1]
             state[f"{target.site}/z"] = torch.stack(copies).mean(0) if len(copies) > 1 else copies[0]
 
-    def _threshold(self, lane: Lane, reach: Tensor, share: float) -> float:
+    def _threshold(self, wanted: float | None, reach: Tensor, share: float) -> float:
         """lambda / rho: a group dies when its `reach`, its norm over its weighting, is not above it."""
-        if lane.open:
+        if wanted is None:
             return ramp("linear", 0.0, self.threshold, share)
-        dead = round((1 - ramp("cubic", 1.0, lane.rule.free, share)) * len(reach))
+        dead = round((1 - ramp("cubic", 1.0, wanted, share)) * len(reach))
         return float(reach.kthvalue(min(dead, len(reach))).values) if dead else 0.0
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from espalier.methods.base import Method, Progress, State, pull
 from espalier.methods.ramps import ramp
+from espalier.methods.shares import shares
 from espalier.methods.targets import Lane, Target, freeze, judged
 from espalier.sparsity import Frozen
 
@@ -32,11 +33,13 @@ class Reweighted(Method):
     strength: lambda times steps. Where a rule has a density it is only the start: at each milestone lambda is steered
         by feedback until the groups that are to go hold less of the layer's energy than a ramp down to `left` wants.
     threshold: where a rule has no density, groups below this norm are cut at the end.
+    density: of all sites of the plan together, for the rules that have none: then one threshold for all says what goes.
     milestones: of a run.
     """
 
     strength: float = 8.0
     threshold: float = 0.2
+    density: float | None = None
     left: float = 1e-3
     milestones: int = 30
     eps: float = 1e-2
@@ -48,7 +51,8 @@ class Reweighted(Method):
         for target in targets:
             w = target.weight.detach().float()
             for lane in target.lanes():
-                state[lane.key("unit")] = _squares(lane, w).mean().sqrt().clamp_min(1e-30)
+                state[lane.key("start")] = _squares(lane, w).mean().sqrt().clamp_min(1e-30)
+                state[lane.key("unit")] = state[lane.key("start")]
                 state[lane.key("lambda")] = torch.tensor(self.strength / progress.steps, device=w.device)
         self._refresh(targets, state, 0.0)
         return state
@@ -74,36 +78,52 @@ class Reweighted(Method):
             self._refresh(targets, state, progress.share("reweighted"))
 
     def land(self, targets: list[Target], state: State) -> dict[str, Frozen]:
+        ranked = self._ranked(targets, state)
+        wanted = shares(targets, {key: squares.sqrt() for key, squares in ranked.items()}, self.density)
         found: dict[str, list[Tensor | None]] = {}
         for target in targets:
             found[target.site] = []
             for lane in target.lanes():
-                norms = _squares(lane, target.weight.detach().float()).sqrt() / state[lane.key("unit")]
-                alive = (norms > self.threshold) | (norms == norms.max())
+                squares, share = ranked[lane.key("")], wanted[lane.key("")]
+                alive = (squares > self.threshold**2) | (squares == squares.max())
+                if share is not None:
+                    alive = torch.ones_like(alive)
+                    alive[squares.argsort()[: round((1 - share) * len(squares))]] = False
                 found[target.site].append(alive if lane.open else None)
         return freeze(targets, found=found)
 
-    def _refresh(self, targets: list[Target], state: State, share: float) -> None:
-        """A milestone: lambda steered, units and weightings made anew."""
+    def _ranked(self, targets: list[Target], state: State) -> dict[str, Tensor]:
+        """lane -> the mean squares of its groups that decide, in units of the layer at the start."""
+        made: dict[str, Tensor] = {}
         for r in range(max((len(t.scheme.rules) for t in targets), default=0)):
             lanes = [t.lanes()[r] for t in targets if r < len(t.scheme.rules)]
             weights = {lane.target.site: lane.target.weight.detach().float() for lane in lanes}
             by = judged([lane.target for lane in lanes], weights, r)
             for lane in lanes:
-                w, scores = weights[lane.target.site], by[lane.target.site]
-                own = _squares(lane, w)
-                ranked = own if scores is w else _squares(lane, scores) * (own.mean() / _squares(lane, scores).mean())
-                if not lane.open:
-                    lost = round((1 - lane.rule.free) * len(ranked))
-                    order = ranked.argsort()
-                    energy = own[order[:lost]].sum() / w.square().mean().clamp_min(1e-30)
-                    self._steer(lane, state, energy.double(), share)
-                    border = ranked[order[min(lost, len(order) - 1)]] if lane.rule.free > 0 else own.mean()
-                    state[lane.key("unit")] = border.sqrt().clamp_min(1e-30)
-                unit = state[lane.key("unit")]
-                a = 1 / (ranked / unit.square() + self.eps)
-                pressed = (a * state[lane.key("lambda")]).clamp_max(STIFFEST * self.eps**0.5)
-                state[lane.key("press")] = pressed * unit
+                squares = _squares(lane, by[lane.target.site])
+                if by[lane.target.site] is not weights[lane.target.site]:
+                    squares = squares * (_squares(lane, weights[lane.target.site]).mean() / squares.mean())
+                made[lane.key("")] = squares / state[lane.key("start")].square()
+        return made
+
+    def _refresh(self, targets: list[Target], state: State, share: float) -> None:
+        """A milestone: lambda steered, units and weightings made anew."""
+        ranked = self._ranked(targets, state)
+        wanted = shares(targets, {key: squares.sqrt() for key, squares in ranked.items()}, self.density)
+        for lane in [lane for target in targets for lane in target.lanes()]:
+            squares, keep = ranked[lane.key("")], wanted[lane.key("")]
+            if keep is not None:
+                w = lane.target.weight.detach().float()
+                lost = round((1 - keep) * len(squares))
+                order = squares.argsort()
+                energy = _squares(lane, w)[order[:lost]].sum() / w.square().mean().clamp_min(1e-30)
+                self._steer(lane, state, energy.double(), share)
+                border = squares[order[min(lost, len(order) - 1)]].sqrt() if keep > 0 else squares.mean().sqrt()
+                state[lane.key("unit")] = (border * state[lane.key("start")]).clamp_min(1e-30)
+            unit = state[lane.key("unit")]
+            a = 1 / (squares * (state[lane.key("start")] / unit).square() + self.eps)
+            pressed = (a * state[lane.key("lambda")]).clamp_max(STIFFEST * self.eps**0.5)
+            state[lane.key("press")] = pressed * unit
 
     def _steer(self, lane: Lane, state: State, energy: Tensor, share: float) -> None:
         """Press harder while what is to go holds more of the energy than it should by now and is not falling."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from espalier.errors import UnknownNameError
 from espalier.methods.base import Method, Progress, State
 from espalier.methods.ramps import ramp
+from espalier.methods.shares import shares
 from espalier.methods.targets import Lane, Target, freeze, judged
 from espalier.sparsity import Frozen
 
@@ -39,6 +40,7 @@ class StructureParameters(Method):
     decay: the total of s over a run; by default 1 where a rule has no density, 0.3 where it has one.
     eps: threshold on |a| where a rule has no density: the densities come out ("fixed" then prunes nothing). Where it
         has one, the threshold is the one that leaves as many groups as a cubic ramp wants.
+    density: of all sites of the plan together, for the rules that have none: then one threshold for all follows a ramp.
     until: the share of the run after which the ramp is over. updates: of thresholds and patterns in a run.
 
     Patterns and N:M keep what is largest, straight through as well; ties (unification) are made when the run finishes.
@@ -46,6 +48,7 @@ class StructureParameters(Method):
 
     kind: str = "weight_decay"
     decay: float | None = None
+    density: float | None = None
     until: float = 0.7
     eps: float = 0.5
     updates: int = 100
@@ -123,24 +126,27 @@ class StructureParameters(Method):
 
     def _choose(self, targets: list[Target], state: State, share: float) -> None:
         """Which groups are above the threshold, and which positions patterns and N:M leave."""
+        sizes: dict[str, Tensor] = {}
         for r in range(max((len(t.scheme.rules) for t in targets), default=0)):
             lanes = [t.lanes()[r] for t in targets if r < len(t.scheme.rules)]
             pruning = {lane.target.site: lane.spread(state[lane.key("a")]) for lane in lanes if lane.prunes}
             by = judged([lane.target for lane in lanes if lane.prunes], pruning, r)
             for lane in lanes:
+                site = lane.target.site
                 if lane.prunes:
-                    a = state[lane.key("a")].abs()
-                    if by[lane.target.site] is not pruning[lane.target.site]:
-                        a = lane.mean(by[lane.target.site].square())
-                    state[lane.key("alive")] = self._alive(lane, a, share)
+                    joint = by[site] is not pruning[site]
+                    sizes[lane.key("")] = lane.mean(by[site].square()) if joint else state[lane.key("a")].abs()
                 elif not lane.rule.snap.ties:
-                    w = state[f"{lane.target.site}/w"]
-                    state[f"{lane.target.site}/support"] = lane.rule.mask(w, lane.target.conv_groups)
+                    state[f"{site}/support"] = lane.rule.mask(state[f"{site}/w"], lane.target.conv_groups)
+        wanted = shares(targets, sizes, self.density)
+        for target in targets:
+            for lane in _pruning(target):
+                state[lane.key("alive")] = self._alive(sizes[lane.key("")], wanted[lane.key("")], share)
 
-    def _alive(self, lane: Lane, size: Tensor, share: float) -> Tensor:
-        if lane.open:
+    def _alive(self, size: Tensor, wanted: float | None, share: float) -> Tensor:
+        if wanted is None:
             return (size >= self.eps) | (size == size.max()) | (self.kind == "fixed")
-        dead = min(len(size) - 1, round((1 - ramp("cubic", 1.0, lane.rule.free, share)) * len(size)))
+        dead = min(len(size) - 1, round((1 - ramp("cubic", 1.0, wanted, share)) * len(size)))
         alive = torch.ones_like(size, dtype=torch.bool)
         alive[size.argsort()[:dead]] = False
         return alive

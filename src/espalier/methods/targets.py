@@ -104,6 +104,16 @@ def targets(graph: Graph, schemes: Mapping[str, Scheme]) -> list[Target]:
     return _coupled(graph, made)
 
 
+def cuttable(graph: Graph) -> set[str]:
+    """The sites whose filters may go: not those that make the network's outputs or feed what nobody understands."""
+    found = couplings(graph)
+    return {
+        site
+        for site in graph.sites()
+        if not any(found.find(label) in found.frozen for label in found.labels[f"{site}@0"].tolist())
+    }
+
+
 def judged(targets: Sequence[Target], tensors: Mapping[str, Tensor], r: int) -> dict[str, Tensor]:
     """site -> what rule `r` of its scheme chooses by: the tensor itself, or a joint score of coupled filters.
 

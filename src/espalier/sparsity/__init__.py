@@ -3,6 +3,7 @@
 from espalier.sparsity.catalog import CATALOG, at_density, ceiling, scheme, unfit
 from espalier.sparsity.plan import Entry, Plan
 from espalier.sparsity.scheme import Frozen, Rule, Scheme
+from espalier.sparsity.size import size_bytes
 from espalier.sparsity.snaps import BestPattern, EqualMagnitude, KeepLargest, Snap, Zero
 from espalier.sparsity.structures import Structure
 
@@ -22,5 +23,6 @@ __all__ = [
     "at_density",
     "ceiling",
     "scheme",
+    "size_bytes",
     "unfit",
 ]
