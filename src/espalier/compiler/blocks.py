@@ -21,11 +21,15 @@ _DENSE_FROM = 0.75  # above this density no format gains by skipping
 
 @dataclass(frozen=True)
 class Choice:
-    """Row-blocks of a weight with the format's name and the reason for it."""
+    """Row-blocks of a weight with the format's name and the reason for it.
+
+    work: the estimated time as a share of that of the dense format.
+    """
 
     blocks: RowBlocks
     format: str
     reason: str
+    work: float = 1.0
 
 
 def choose(matrix: np.ndarray, op: str) -> Choice:
@@ -53,7 +57,7 @@ def choose(matrix: np.ndarray, op: str) -> Choice:
     filled = np.count_nonzero(blocks.values) / max(1, blocks.values.size)
     gain = dense_cost / max(estimates[best], 1e-9)
     reason = f"density {density:.2f}, blocks {filled:.0%} full, {gain:.1f}x less work than dense"
-    return Choice(blocks, f"blocks/{best}", reason)
+    return Choice(blocks, f"blocks/{best}", reason, estimates[best] / max(dense_cost, 1e-9))
 
 
 # Share of the arithmetic peak that dense kernels reach when all lanes count: with 1, 2 or 3 vectors along pixels (the

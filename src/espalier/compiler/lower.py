@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from espalier.compiler.emit import Emitter
-from espalier.compiler.fuse import fuse
+from espalier.compiler.fuse import fold_constants, fuse
 from espalier.compiler.layout import Place, plan_layout
 from espalier.compiler.memory import Interval, allocate, in_place
 from espalier.compiler.program import Operand, Program, Step, TensorSpec, dense_strides
@@ -44,7 +44,11 @@ def lower(graph: Graph) -> Program:
 
 
 def split(graph: Graph) -> tuple[Piece, ...]:
-    """The whole graph as pieces in the order in which they run: as few as a greedy order gives."""
+    """The whole graph as pieces in the order in which they run: as few as a greedy order gives.
+
+    Values that depend on no input are computed before, so that no piece runs for them.
+    """
+    graph = fold_constants(graph)
     batch = batch_of(graph)
     reasons = {node.name: why_not(graph, node, batch) for node in graph.nodes}
     pieces = []
