@@ -63,7 +63,7 @@ def choose(matrix: np.ndarray, op: str) -> Choice:
 # Share of the arithmetic peak that dense kernels reach when all lanes count: with 1, 2 or 3 vectors along pixels (the
 # fewer, the more loads of weights for a product), and with vectors along rows.
 _ALONG_PIXELS, _ALONG_ROWS = (0.55, 0.8, 0.85), 0.92
-_TURN = 50  # what turning the sums of vectors along rows costs, in columns
+_TURN = 30  # what turning the sums of vectors along rows costs, in columns
 LANES_HEIGHT = 32  # of the blocks whose vectors run along the rows
 _LANES_PIXELS = 256  # of a plane that they take
 

@@ -28,7 +28,7 @@ _G = np.array(
     ]
 )
 _POINTS = 36
-_BAND_FLOATS = 384 * 1024  # between the steps of a band: so many stay in the second cache
+_BAND_FLOATS = 512 * 1024  # between the steps of a band: so many stay in the second cache
 # Multiply-adds of 32 rows and columns take one cycle. A transform of 16 tiles takes about so many; a weight that comes
 # from memory and not from the second cache takes as long as so many multiply-adds.
 _TRANSFORM_CYCLES, _STREAMED_WEIGHT, _CACHED_WEIGHTS = 150.0, 24.0, 1 << 18
