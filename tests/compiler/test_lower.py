@@ -127,3 +127,19 @@ def test_split_hands_it_to_pytorch() -> None:
 
 def test_a_row_for_every_op_has_a_check() -> None:
     assert all(callable(row.emit) and callable(row.check) for row in LOWERINGS.values())
+
+
+class RolledWeight(nn.Module):
+    """A weight that comes from an op without a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.roll(1, 0)).relu()
+
+
+def test_what_depends_on_no_input_is_no_piece() -> None:
+    (piece,) = split(capture(RolledWeight().eval(), torch.randn(2, 6)))
+    assert piece.program is not None and not piece.reasons

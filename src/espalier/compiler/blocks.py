@@ -23,11 +23,15 @@ _DENSE_FROM = 0.75  # above this density no format gains by skipping
 
 @dataclass(frozen=True)
 class Choice:
-    """Row-blocks of a weight with the format's name and the reason for it."""
+    """Row-blocks of a weight with the format's name and the reason for it.
+
+    work: the estimated time as a share of that of the dense format.
+    """
 
     blocks: RowBlocks
     format: str
     reason: str
+    work: float = 1.0
 
 
 # (matrix, op) -> the name of a format, one of `formats`; None to leave it to the estimate.
@@ -98,13 +102,13 @@ def _estimated(matrix: np.ndarray, op: str) -> Choice:
     filled = np.count_nonzero(blocks.values) / max(1, blocks.values.size)
     gain = dense_cost / max(estimates[best], 1e-9)
     reason = f"density {density:.2f}, blocks {filled:.0%} full, {gain:.1f}x less work than dense"
-    return Choice(blocks, f"blocks/{best}", reason)
+    return Choice(blocks, f"blocks/{best}", reason, estimates[best] / max(dense_cost, 1e-9))
 
 
 # Share of the arithmetic peak that dense kernels reach when all lanes count: with 1, 2 or 3 vectors along pixels (the
 # fewer, the more loads of weights for a product), and with vectors along rows.
 _ALONG_PIXELS, _ALONG_ROWS = (0.55, 0.8, 0.85), 0.92
-_TURN = 50  # what turning the sums of vectors along rows costs, in columns
+_TURN = 30  # what turning the sums of vectors along rows costs, in columns
 LANES_HEIGHT = 32  # of the blocks whose vectors run along the rows
 _LANES_PIXELS = 256  # of a plane that they take
 

@@ -32,7 +32,7 @@ def conv(e: Emitter, node: Node) -> None:
     stride = e.layout.storage(e.layout.home[node.outputs[0]][0]).row_stride
     choice = choose_conv(matrices, height, width, stride)
     b = Operand() if residual is None else e.like(residual, out).operand()
-    if choice.format.startswith("dense") and winograd.pays(node, w, height, width):
+    if winograd.pays(node, w, height, width, choice.work):
         winograd.winograd(e, node, w, out, e.array(bias), b)
         return
     source, index = _columns(e, node, w.shape, choice.blocks.columns)

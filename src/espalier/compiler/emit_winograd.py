@@ -28,7 +28,7 @@ _G = np.array(
     ]
 )
 _POINTS = 36
-_BAND_FLOATS = 384 * 1024  # between the steps of a band: so many stay in the second cache
+_BAND_FLOATS = 512 * 1024  # between the steps of a band: so many stay in the second cache
 # Multiply-adds of 32 rows and columns take one cycle. A transform of 16 tiles takes about so many; a weight that comes
 # from memory and not from the second cache takes as long as so many multiply-adds.
 _TRANSFORM_CYCLES, _STREAMED_WEIGHT, _CACHED_WEIGHTS = 150.0, 24.0, 1 << 18
@@ -38,8 +38,11 @@ def tiles(size: int) -> int:
     return -(-size // 4)
 
 
-def pays(node: Node, w: np.ndarray, height: int, width: int) -> bool:
-    """Whether a dense conv with weight `w` [o, i, 3, 3] that makes planes of `height` x `width` is faster this way."""
+def pays(node: Node, w: np.ndarray, height: int, width: int, work: float) -> bool:
+    """Whether a conv with weight `w` [o, i, 3, 3] that makes planes of `height` x `width` is faster this way.
+
+    work: what its row-blocks take, as a share of the time of dense ones.
+    """
     attrs = node.attrs
     plain = attrs["conv_groups"] == 1 and all(
         list(attrs[name]) == [value] * 2 for name, value in (("stride", 1), ("dilation", 1), ("padding", 1))
@@ -52,7 +55,7 @@ def pays(node: Node, w: np.ndarray, height: int, width: int) -> bool:
     weights = _POINTS * rows * columns
     products = weights / 32 * max(down * across, _STREAMED_WEIGHT if weights > _CACHED_WEIGHTS else 0)
     transforms = (rows + columns) * down * -(-across // 16) * _TRANSFORM_CYCLES
-    return products + transforms < 0.8 * direct
+    return products + transforms < 0.8 * work * direct
 
 
 def winograd(e: Emitter, node: Node, w: np.ndarray, out: Place, bias: np.ndarray | None, residual: Operand) -> None:

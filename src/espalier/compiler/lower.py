@@ -52,7 +52,11 @@ def lower(graph: Graph) -> Program:
 
 
 def split(graph: Graph) -> tuple[Piece, ...]:
-    """The whole graph as pieces in the order in which they run: as few as a greedy order gives."""
+    """The whole graph as pieces in the order in which they run: as few as a greedy order gives.
+
+    Values that depend on no input are computed before, so that no piece runs for them.
+    """
+    graph = fold_constants(graph)
     batch = batch_of(graph)
     graph = fold_constants(graph)
     samples = track(graph, batch)
