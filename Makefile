@@ -25,7 +25,8 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not alone"  # a core each
+	$(BIN)/python -m pytest -m alone
 
 clean:
 	rm -rf .venv build out src/espalier/_native

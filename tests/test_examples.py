@@ -8,7 +8,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_five_lines_bring_espalier_into_a_loop_of_ones_own() -> None:
-    small, accuracy = runpy.run_path(str(ROOT / "examples" / "own_loop.py"))["main"](epochs=6)
+    small, accuracy = runpy.run_path(str(ROOT / "examples" / "own_loop.py"))["main"](epochs=8)
+    assert accuracy > 0.9
+    assert sum(int(p.count_nonzero()) for p in small.parameters()) < 4500
+
+
+def test_the_same_lines_work_in_a_loop_of_accelerate() -> None:
+    small, accuracy = runpy.run_path(str(ROOT / "examples" / "with_accelerate.py"))["main"](epochs=6)
     assert accuracy > 0.9
     assert sum(int(p.count_nonzero()) for p in small.parameters()) < 4500
 

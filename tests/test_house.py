@@ -19,9 +19,11 @@ ROOMS = [
     "runtime",
     "mapping",
     "train",
+    "integrations",
     "store",
     "report",
     "workspace",
+    "phases",
     "compress",
     "cli",
 ]
@@ -29,7 +31,7 @@ NEVER = [("methods", "compiler"), ("compiler", "sparsity")]
 ONLY = {  # a module that just one file may know
     "torch.export": "graph/capture.py",
     "ctypes": "runtime/engine.py",
-    "lightning_fabric": "train/loop.py",
+    "lightning_fabric": "train/team.py",
     "ray": "mapping/cluster.py",
 }
 

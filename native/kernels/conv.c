@@ -2,11 +2,14 @@
  *
  * Each activation vector is loaded once for m rows, each weight broadcast once for v vectors. The order in which columns
  * are added does not depend on tile, thread or segment, so results do not either. */
+#include <math.h>
 #include <stdbool.h>
 
 #include "activate.h"
 #include "planes.h"
 #include "simd.h"
+
+enum { GROUP_FLOATS = 64 * 1024 }; /* of weights that are read again for every tile: a part of the second cache */
 
 /* What a tile needs; the same for all tiles of a block. */
 typedef struct {
@@ -19,6 +22,32 @@ typedef struct {
     int64_t columns, height;
 } block;
 
+/* Residual and activation of M rows at V vectors, and every row where it belongs. With clamp, kind is no activation or
+ * a clamp between low and high; without, any. */
+ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool add, const block *b, vec acc[8][8],
+    int64_t out_at, int64_t res_at, int last, float low, float high)
+{
+    const esp_step *s = b->step;
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+        const int64_t row = b->rows[m];
+        if (row < 0) continue;
+        float *out = b->out + row * s->out.stride[1] + out_at;
+        const float *residual = add ? b->residual + row * s->b.stride[1] + res_at : NULL;
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) {
+            const bool part = v == V - 1 && last < ESP_WIDTH;
+            vec y = acc[m][v];
+            if (add) y += part ? load_part(residual + v * ESP_WIDTH, last) : load(residual + v * ESP_WIDTH);
+            y = clamp ? vmin(splat(high), vmax(splat(low), y)) : activate(y, s->activation, low, high);
+            if (part)
+                store_part(out + v * ESP_WIDTH, y, last);
+            else
+                store(out + v * ESP_WIDTH, y);
+        }
+    }
+}
+
 /* M rows at V vectors of pixels; `last` lanes of the last vector count. */
 ESP_INLINE void tile(const int M, const int V, const block *b, int64_t in_at, int64_t out_at, int64_t res_at, int last)
 {
@@ -28,9 +57,13 @@ ESP_INLINE void tile(const int M, const int V, const block *b, int64_t in_at, in
     vec acc[8][8];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-        float bias = s->bias && b->rows[m] >= 0 ? s->bias[b->rows[m]] : 0.0f;
+        const int64_t row = b->rows[m] < 0 ? 0 : b->rows[m];
+        const float bias = s->bias ? s->bias[row] : 0.0f;
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) acc[m][v] = splat(bias);
+        for (int v = 0; v < V; v++) {
+            acc[m][v] = splat(bias);
+
+        }
     }
     const int64_t height = b->height;
     for (int64_t j = 0; j < b->columns; j++, values += height) {
@@ -45,24 +78,17 @@ ESP_INLINE void tile(const int M, const int V, const block *b, int64_t in_at, in
             for (int v = 0; v < V; v++) acc[m][v] += w * pixels[v];
         }
     }
-    const int kind = s->activation;
-    const float a = s->act_a, c = s->act_b;
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-        int64_t row = b->rows[m];
-        if (row < 0) continue;
-        float *out = b->out + row * s->out.stride[1] + out_at;
-        const float *residual = b->residual ? b->residual + row * s->b.stride[1] + res_at : NULL;
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++) {
-            vec y = acc[m][v];
-            if (residual) y += load(residual + v * ESP_WIDTH);
-            y = activate(y, kind, a, c);
-            if (v < V - 1 || last == ESP_WIDTH)
-                store(out + v * ESP_WIDTH, y);
-            else
-                store_part(out + v * ESP_WIDTH, y, last);
-        }
+    const bool clamps = s->activation == ESP_CLAMP;
+    const float low = s->activation ? s->act_a : -INFINITY, high = s->activation ? s->act_b : INFINITY;
+    if (clamps || s->activation == ESP_LINEAR_ACT) {
+        if (b->residual)
+            finish(M, V, true, true, b, acc, out_at, res_at, last, low, high);
+        else
+            finish(M, V, true, false, b, acc, out_at, res_at, last, low, high);
+    } else if (b->residual) {
+        finish(M, V, false, true, b, acc, out_at, res_at, last, low, high);
+    } else {
+        finish(M, V, false, false, b, acc, out_at, res_at, last, low, high);
     }
 }
 
@@ -91,19 +117,6 @@ static const tile_function tiles_2[] = {tile_2_1, tile_2_2, tile_2_3, tile_2_4, 
 static const tile_function tiles_4[] = {tile_4_1, tile_4_2, tile_4_3};
 #endif
 
-/* Tiles of nearly equal width along one run of pixels. */
-ESP_INLINE void run_pixels(
-    const block *b, const tile_function *tiles, int widest, int64_t in, int64_t out, int64_t res, int64_t length)
-{
-    int64_t vectors = (length + ESP_WIDTH - 1) / ESP_WIDTH, count = (vectors + widest - 1) / widest, done = 0;
-    for (int64_t t = 0; t < count; t++) {
-        int64_t upto = vectors * (t + 1) / count, at = done * ESP_WIDTH;
-        int last = upto < vectors ? ESP_WIDTH : (int)(length - (vectors - 1) * ESP_WIDTH);
-        tiles[upto - done - 1](b, in + at, out + at, res + at, last);
-        done = upto;
-    }
-}
-
 /* Zero the side margins among pixels begin..end of a plane that is worked on as one run, and its back margin. */
 static void zero_flat(const esp_step *s, float *out, int64_t row, int64_t begin, int64_t end)
 {
@@ -124,25 +137,43 @@ typedef struct {
     int64_t first, count, begin, end;
 } chunk;
 
-static void run_block(const block *whole, const tile_function *tiles, int M, int widest, const chunk *c)
+/* Blocks first..upto at one tile: b is the part that all of them share. */
+ESP_INLINE void run_tile(block b, int64_t first, int64_t upto, tile_function tile, int M, const int64_t at[3], int last)
 {
-    const esp_step *s = whole->step;
-    const int64_t *p = s->param;
-    for (int64_t r = 0; r < whole->height; r += M) {
-        block b = *whole;
-        b.rows += r;
-        b.values += r;
-        for (int64_t seg = c->first; seg < c->first + c->count; seg++)
-            run_pixels(&b, tiles, widest, seg * p[CONV_IN_STRIDE] + c->begin, seg * p[CONV_OUT_STRIDE] + c->begin,
-                seg * p[CONV_RESIDUAL_STRIDE] + c->begin, c->end - c->begin);
+    const esp_step *s = b.step;
+    for (int64_t i = first; i < upto; i++) {
+        b.index = s->index + s->starts[i];
+        b.columns = s->starts[i + 1] - s->starts[i];
+        b.rows = s->rows + i * b.height;
+        b.values = s->values + s->starts[i] * b.height;
+        for (int64_t r = 0; r < b.height; r += M, b.rows += M, b.values += M) tile(&b, at[0], at[1], at[2], last);
     }
-    for (int64_t r = 0; r < whole->height && s->margins; r++) {
-        if (whole->rows[r] < 0) continue;
+}
+
+/* Blocks first..upto over the pixels of a chunk, in tiles of nearly equal width. All blocks at one tile before the
+ * next: what the tile reads stays in the nearest cache, while the weights, which are read in order, come from the
+ * second. */
+static void run_blocks(
+    const block *b, int64_t first, int64_t upto, const tile_function *tiles, int M, int widest, const chunk *c)
+{
+    const esp_step *s = b->step;
+    const int64_t *p = s->param, length = c->end - c->begin;
+    const int64_t vectors = (length + ESP_WIDTH - 1) / ESP_WIDTH, count = (vectors + widest - 1) / widest;
+    for (int64_t seg = c->first; seg < c->first + c->count; seg++)
+        for (int64_t t = 0, done = 0; t < count; t++) {
+            const int64_t next = vectors * (t + 1) / count, pixel = c->begin + done * ESP_WIDTH;
+            const int64_t at[3] = {seg * p[CONV_IN_STRIDE] + pixel, seg * p[CONV_OUT_STRIDE] + pixel,
+                seg * p[CONV_RESIDUAL_STRIDE] + pixel};
+            const int last = next < vectors ? ESP_WIDTH : (int)(length - (vectors - 1) * ESP_WIDTH);
+            run_tile(*b, first, upto, tiles[next - done - 1], M, at, last);
+            done = next;
+        }
+    for (int64_t r = first * b->height; r < upto * b->height && s->margins; r++) {
+        if (s->rows[r] < 0) continue;
         if (p[CONV_SEGMENTS] == 1 && s->out.size[2] > 1)
-            zero_flat(s, whole->out, whole->rows[r], c->begin, c->end);
+            zero_flat(s, b->out, s->rows[r], c->begin, c->end);
         else if (c->end == p[CONV_LENGTH])
-            for (int64_t seg = c->first; seg < c->first + c->count; seg++)
-                zero_margin(s, whole->out, whole->rows[r], seg);
+            for (int64_t seg = c->first; seg < c->first + c->count; seg++) zero_margin(s, b->out, s->rows[r], seg);
     }
 }
 
@@ -155,8 +186,16 @@ static int64_t even_step(int64_t extent, int64_t wanted, bool flat, int parts)
     return ((extent + chunks - 1) / chunks + unit - 1) / unit * unit;
 }
 
-/* Chunks one after another, in each all blocks: what a chunk reads stays in the cache. Threads get equal shares of
- * the sequence, by the number of columns (and 4 for the work that every block has). */
+/* Behind block `first`, at most `limit`: as many blocks as leave room in the second cache for what they read. */
+static int64_t group_end(const esp_step *s, int64_t first, int64_t limit, int64_t height)
+{
+    int64_t upto = first + 1;
+    while (upto < limit && (s->starts[upto + 1] - s->starts[first]) * height <= GROUP_FLOATS) upto++;
+    return upto;
+}
+
+/* Chunks of pixels one after another, in each all blocks: what a chunk reads stays in the second cache. Threads get
+ * equal shares of the sequence, by the number of columns (and 4 for the work that every block has). */
 static void run(const esp_step *s, const esp_frame *f, int part, int parts, const tile_function *tiles, int M, int widest)
 {
     const int64_t *p = s->param, blocks = s->starts_count - 1, height = p[CONV_HEIGHT];
@@ -170,16 +209,15 @@ static void run(const esp_step *s, const esp_frame *f, int part, int parts, cons
     block b = {s, esp_source(&s->a, f), esp_target(&s->out, f), NULL, NULL, NULL, NULL, 0, height};
     if (s->b.space) b.residual = esp_source(&s->b, f);
     for (int64_t k = cost ? begin / cost : 0; k < chunks && k * cost < end; k++) {
-        int64_t from = k * step, upto = from + step < extent ? from + step : extent;
-        chunk c = flat ? (chunk){0, 1, from, upto} : (chunk){from, upto - from, 0, p[CONV_LENGTH]};
-        for (int64_t i = 0; i < blocks; i++) {
-            int64_t position = k * cost + s->starts[i] + 4 * i;
-            if (position < begin || position >= end) continue;
-            b.rows = s->rows + i * height;
-            b.index = s->index + s->starts[i];
-            b.values = s->values + s->starts[i] * height;
-            b.columns = s->starts[i + 1] - s->starts[i];
-            run_block(&b, tiles, M, widest, &c);
+        const int64_t from = k * step, upto = from + step < extent ? from + step : extent;
+        const chunk c = flat ? (chunk){0, 1, from, upto} : (chunk){from, upto - from, 0, p[CONV_LENGTH]};
+        int64_t first = 0, limit = blocks; /* the blocks whose position lies in begin..end */
+        while (first < blocks && k * cost + s->starts[first] + 4 * first < begin) first++;
+        while (limit > first && k * cost + s->starts[limit - 1] + 4 * (limit - 1) >= end) limit--;
+        while (first < limit) {
+            const int64_t next = group_end(s, first, limit, height);
+            run_blocks(&b, first, next, tiles, M, widest, &c);
+            first = next;
         }
     }
 }

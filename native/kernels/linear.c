@@ -11,6 +11,8 @@ typedef float vec8 __attribute__((vector_size(32)));
 typedef float vec8_anywhere __attribute__((vector_size(32), aligned(4), may_alias));
 #endif
 
+enum { AHEAD = 1024 }; /* floats of weights that are fetched ahead: what prefetchers of processors do ends with a page */
+
 /* H rows by pieces of type VEC, which has LANES floats */
 #define SUMS(H, VEC, LANES) \
     ESP_INLINE void sums_##H(const float *w, const int32_t *index, int64_t columns, const float *x, float *sum) \
@@ -19,9 +21,11 @@ typedef float vec8_anywhere __attribute__((vector_size(32), aligned(4), may_alia
         VEC acc[4][PIECES] = {{{0}}}; \
         int64_t j = 0; \
         for (; j + 4 <= columns; j += 4) \
-            for (int u = 0; u < 4; u++) \
+            for (int u = 0; u < 4; u++) { \
+                if ((u * (H)) % 16 == 0) __builtin_prefetch(w + (j + u) * (H) + AHEAD, 0, 2); \
                 for (int k = 0; k < PIECES; k++) \
                     acc[u][k] += *(const VEC##_anywhere *)(w + (j + u) * (H) + k * (LANES)) * x[index[j + u]]; \
+            } \
         for (; j < columns; j++) \
             for (int k = 0; k < PIECES; k++) \
                 acc[0][k] += *(const VEC##_anywhere *)(w + j * (H) + k * (LANES)) * x[index[j]]; \

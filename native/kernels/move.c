@@ -1,4 +1,6 @@
 /* Moving data: strided copies, the phases of strided windows, constants. */
+#include <stdbool.h>
+
 #include "planes.h"
 #include "simd.h"
 
@@ -23,39 +25,61 @@ void ESP_NAME(copy)(const esp_step *s, const esp_frame *f, int part, int parts)
     }
 }
 
-/* to[i] = from[i * stride]; a stride of 2 is common enough for vectors */
-ESP_INLINE void pick(float *to, int64_t to_stride, const float *from, int64_t from_stride, int64_t count)
+/* to[i] = from[2 * i]; vectors may read up to `end` */
+ESP_INLINE void pick_even(float *to, const float *from, int64_t count, const float *end)
 {
-    if (to_stride == 1 && from_stride == 2)
-        for (int64_t i = 0; i < count; i++) to[i] = from[2 * i];
-    else
-        copy_row(to, to_stride, from, from_stride, count);
+    int64_t i = 0;
+    for (; i < count && from + 2 * i + 2 * ESP_WIDTH <= end; i += ESP_WIDTH) {
+        const vec picked = even_lanes(load(from + 2 * i), load(from + 2 * i + ESP_WIDTH));
+        if (count - i >= ESP_WIDTH)
+            store(to + i, picked);
+        else
+            store_part(to + i, picked, (int)(count - i));
+    }
+    for (; i < count; i++) to[i] = from[2 * i];
 }
 
-/* out[n, c, y, x] = in[c, y * stride + y0(n), x * stride + x0(n)], zero outside the image */
+/* Rows of one phase of one plane: out[y, x] = in[y * sy + y0, x * sx + x0], zero outside the image. */
+static void gather_plane(const esp_step *s, float *out, const float *in, const float *end, int64_t y0, int64_t x0)
+{
+    const esp_operand *a = &s->a;
+    const int64_t sy = s->param[GATHER_STRIDE_Y], sx = s->param[GATHER_STRIDE_X];
+    const int64_t width = s->out.size[3], step = s->out.stride[3], from_step = sx * a->stride[3];
+    /* the x that lie in the image: 0 <= x * sx + x0 < size */
+    const int64_t room = a->size[3] - 1 - x0;
+    int64_t high = room < 0 ? 0 : room / sx + 1, low = x0 < 0 ? (-x0 + sx - 1) / sx : 0;
+    high = high > width ? width : high;
+    low = low > high ? high : low;
+    for (int64_t row = 0; row < s->out.size[2]; row++) {
+        float *to = out + row * s->out.stride[2];
+        const int64_t y = row * sy + y0;
+        const bool inside = y >= 0 && y < a->size[2] && high > low;
+        const int64_t first = inside ? low : 0, last = inside ? high : 0;
+        for (int64_t x = 0; x < first; x++) to[x * step] = 0;
+        if (inside) {
+            const float *from = in + y * a->stride[2] + (low * sx + x0) * a->stride[3];
+            if (step == 1 && from_step == 2)
+                pick_even(to + low, from, last - first, end);
+            else
+                copy_row(to + low * step, step, from, from_step, last - first);
+        }
+        for (int64_t x = last; x < width; x++) to[x * step] = 0;
+    }
+}
+
+/* The phases of a strided window: out[n, c] is the phase that begins at index[2 n], index[2 n + 1] of in[c]. */
 void ESP_NAME(gather)(const esp_step *s, const esp_frame *f, int part, int parts)
 {
     const esp_operand *a = &s->a;
-    const int64_t sy = s->param[GATHER_STRIDE_Y], sx = s->param[GATHER_STRIDE_X], width = s->out.size[3];
     float *out = esp_target(&s->out, f);
-    const float *in = esp_source(a, f);
-    int64_t begin, end;
-    share(rows_of(&s->out), part, parts, &begin, &end);
-    for (int64_t i = begin; i < end; i++) {
-        plane_row r = row_at(&s->out, i);
-        int64_t y = r.y * sy + s->index[2 * r.n], x0 = s->index[2 * r.n + 1];
-        float *to = out + place(&s->out, r);
-        const int64_t step = s->out.stride[3];
-        /* the x that lie in the image: 0 <= x * sx + x0 < size */
-        int64_t low = x0 < 0 ? (-x0 + sx - 1) / sx : 0, room = a->size[3] - 1 - x0;
-        int64_t high = room < 0 ? 0 : room / sx + 1;
-        if (y < 0 || y >= a->size[2]) high = 0;
-        high = high > width ? width : high;
-        low = low > high ? high : low;
-        const float *from = in + r.c * a->stride[1] + (high > low ? y * a->stride[2] + x0 * a->stride[3] : 0);
-        for (int64_t x = 0; x < low; x++) to[x * step] = 0;
-        pick(to + low * step, step, from + low * sx * a->stride[3], sx * a->stride[3], high - low);
-        for (int64_t x = high; x < width; x++) to[x * step] = 0;
+    const float *in = esp_source(a, f), *end = in + 1;
+    for (int d = 1; d < 4; d++) end += (a->size[d] - 1) * a->stride[d];
+    int64_t begin, upto, channels = s->out.size[1];
+    share(s->out.size[0] * channels, part, parts, &begin, &upto);
+    for (int64_t i = begin; i < upto; i++) {
+        const int64_t n = i / channels, c = i % channels;
+        gather_plane(s, out + n * s->out.stride[0] + c * s->out.stride[1], in + c * a->stride[1], end, s->index[2 * n],
+            s->index[2 * n + 1]);
     }
 }
 

@@ -149,6 +149,44 @@ ESP_INLINE vec gather(const float *p, const int32_t *index)
 #endif
 }
 
+#if ESP_WIDTH == 16
+#define ESP_LANES ((ivec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
+#elif ESP_WIDTH == 8
+#define ESP_LANES ((ivec){0, 1, 2, 3, 4, 5, 6, 7})
+#else
+#define ESP_LANES ((ivec){0, 1, 2, 3})
+#endif
+
+/* lanes 0, 2, 4, ... of a, then of b; and lanes 1, 3, 5, ... */
+ESP_INLINE vec even_lanes(vec a, vec b) { return __builtin_shuffle(a, b, ESP_LANES * 2); }
+ESP_INLINE vec odd_lanes(vec a, vec b) { return __builtin_shuffle(a, b, ESP_LANES * 2 + 1); }
+
+/* a[0], b[0], a[1], b[1], ... from the first half of both; and from the second half */
+ESP_INLINE vec first_lanes(vec a, vec b) { return __builtin_shuffle(a, b, ESP_LANES / 2 + ESP_LANES % 2 * ESP_WIDTH); }
+ESP_INLINE vec last_lanes(vec a, vec b)
+{
+    return __builtin_shuffle(a, b, ESP_LANES / 2 + ESP_LANES % 2 * ESP_WIDTH + ESP_WIDTH / 2);
+}
+
+/* a[1], a[2], ..., b[0] */
+ESP_INLINE vec next_lanes(vec a, vec b) { return __builtin_shuffle(a, b, ESP_LANES + 1); }
+
+/* v[i][j] becomes v[j][i]: blocks of 1, 2, 4, ... off the diagonal change places */
+ESP_INLINE void transpose(vec v[ESP_WIDTH])
+{
+#pragma GCC unroll 4
+    for (int d = 1; d < ESP_WIDTH; d *= 2) {
+        const ivec odd = ESP_LANES & d, other = (ESP_LANES & d) / d * (ESP_WIDTH - d);
+#pragma GCC unroll 16
+        for (int i = 0; i < ESP_WIDTH; i++) {
+            if (i & d) continue;
+            const vec a = v[i], b = v[i + d];
+            v[i] = __builtin_shuffle(a, b, ESP_LANES + other);
+            v[i + d] = __builtin_shuffle(a, b, ESP_LANES + d + (ESP_WIDTH - d) * (odd / d));
+        }
+    }
+}
+
 ESP_INLINE float sum_lanes(vec v)
 {
     float sum = 0;

@@ -11,6 +11,7 @@ DECLARE(conv_2);
 DECLARE(conv_4);
 DECLARE(conv_8);
 DECLARE(conv_16);
+DECLARE(conv_32);
 DECLARE(linear_1);
 DECLARE(linear_2);
 DECLARE(linear_4);
@@ -25,6 +26,11 @@ DECLARE(binary);
 DECLARE(unary);
 DECLARE(softmax);
 DECLARE(depthwise);
+DECLARE(winograd_in);
+DECLARE(winograd_out);
+DECLARE(norm);
+DECLARE(matmul);
+DECLARE(resize);
 
 #if ESP_WIDTH == 16
 enum { NEEDS = ESP_HAS_AVX512 | ESP_HAS_AVX2 | ESP_HAS_FMA, PRIORITY = 30 };
@@ -44,6 +50,7 @@ const esp_kernel_row ESP_NAME(esp_rows)[] = {
     BLOCKS(ESP_CONV, conv, 4),
     BLOCKS(ESP_CONV, conv, 8),
     BLOCKS(ESP_CONV, conv, 16),
+    BLOCKS(ESP_CONV, conv, 32), /* lanes.c */
     BLOCKS(ESP_LINEAR, linear, 1),
     BLOCKS(ESP_LINEAR, linear, 2),
     BLOCKS(ESP_LINEAR, linear, 4),
@@ -58,5 +65,10 @@ const esp_kernel_row ESP_NAME(esp_rows)[] = {
     PLAIN(ESP_UNARY, unary),
     PLAIN(ESP_SOFTMAX, softmax),
     PLAIN(ESP_DEPTHWISE, depthwise),
+    PLAIN(ESP_WINOGRAD_IN, winograd_in),
+    PLAIN(ESP_WINOGRAD_OUT, winograd_out),
+    PLAIN(ESP_NORM, norm),
+    PLAIN(ESP_MATMUL, matmul),
+    PLAIN(ESP_RESIZE, resize),
     {0, 0, 0, 0, 0, 0},
 };

@@ -65,7 +65,9 @@ static bool writable(const esp_program *p, const esp_step *s)
 static const char *check_blocks(const esp_step *s, int64_t height, int64_t rows)
 {
     int64_t blocks = s->starts_count - 1;
-    if (height != 1 && height != 2 && height != 4 && height != 8 && height != 16) return "impossible block height";
+    if (height != 1 && height != 2 && height != 4 && height != 8 && height != 16 &&
+        height != ESP_LANES_HEIGHT)
+        return "impossible block height";
     if (blocks < 0 || blocks > MAX_SIZE || s->rows_count != blocks * height) return "rows and blocks disagree";
     if (s->index_count > MAX_SIZE || s->values_count != s->index_count * height) return "values and columns disagree";
     if (s->bias_count != 0 && s->bias_count != rows) return "bias and rows disagree";
@@ -99,6 +101,7 @@ static const char *check_conv(const esp_program *p, const esp_step *s)
         if (!within(s->param[i], 0, MAX_STRIDE)) return "impossible segment stride";
     const char *problem = check_blocks(s, s->param[CONV_HEIGHT], rows);
     if (problem) return problem;
+    if (s->param[CONV_HEIGHT] == ESP_LANES_HEIGHT && length > ESP_LANES_PIXELS) return "a segment too long";
     if (!multiply_add(segments, length, 0, &end) || __builtin_mul_overflow(end, s->values_count + s->starts_count, &end) ||
         end > (int64_t)1 << 48)
         return "more work than can be shared out";
@@ -172,6 +175,38 @@ static const char *check_gather(const esp_program *p, const esp_step *s)
     return NULL;
 }
 
+/* Tiles of 4 x 4 pixels, of which each holds a pixel of the image. */
+static bool tiles_within(const esp_operand *tiles, const esp_operand *image, int64_t first)
+{
+    return tiles->size[0] == 36 && tiles->size[1] == image->size[1] && image->size[0] == 1 && image->stride[3] == 1 &&
+           tiles->stride[3] == 1 && within(first, 0, MAX_SIZE) &&
+           (first + tiles->size[2] - 1) * 4 < image->size[2] && (tiles->size[3] - 1) * 4 < image->size[3];
+}
+
+/* The image has a margin of one pixel, which is read, in the arena, behind which lies slack for whole vectors. */
+static const char *check_winograd_in(const esp_program *p, const esp_step *s)
+{
+    const esp_operand *a = &s->a;
+    int64_t last;
+    if (!readable(p, a) || a->space != ESP_ARENA || s->margins) return "impossible source";
+    if (!tiles_within(&s->out, a, s->param[WINOGRAD_FIRST])) return "tiles and image disagree";
+    if (a->offset < a->stride[2] + 1 || !multiply_add(a->size[1] - 1, a->stride[1], a->offset, &last) ||
+        !multiply_add(a->size[2], a->stride[2], last, &last) || last + a->size[3] >= p->arena_floats)
+        return "a margin lies outside the arena";
+    return NULL;
+}
+
+static const char *check_winograd_out(const esp_program *p, const esp_step *s)
+{
+    if (!readable(p, &s->a) || s->a.space != ESP_ARENA) return "impossible source";
+    if (!tiles_within(&s->a, &s->out, s->param[WINOGRAD_FIRST])) return "tiles and image disagree";
+    if (s->bias_count != 0 && s->bias_count != s->out.size[1]) return "bias and channels disagree";
+    if (s->b.space == ESP_NOWHERE) return NULL;
+    if (s->b.space != ESP_ARENA || !readable(p, &s->b) || !same_sizes(&s->b, &s->out) || s->b.stride[3] != 1)
+        return "impossible residual";
+    return NULL;
+}
+
 static const char *check_pool(const esp_program *p, const esp_step *s)
 {
     if (!readable(p, &s->a) || s->a.size[0] != 1 || s->out.size[0] != 1 || s->a.size[1] != s->out.size[1])
@@ -186,6 +221,51 @@ static const char *check_pool(const esp_program *p, const esp_step *s)
     for (int i = 0; i < 2; i++)
         if ((s->param[POOL_WINDOW_Y + i] - 1) * s->param[POOL_DILATION_Y + i] >= ESP_POOL_REACH)
             return "a window too wide";
+    return NULL;
+}
+
+/* The number of elements that an operand describes, no more than its space holds, so that a step's work is bounded. */
+static bool modest(const esp_program *p, const esp_operand *o)
+{
+    int64_t count = 1;
+    for (int d = 0; d < 4; d++)
+        if (__builtin_mul_overflow(count, o->size[d], &count) || count > room(p, o)) return false;
+    return true;
+}
+
+static const char *check_matmul(const esp_program *p, const esp_step *s)
+{
+    const esp_operand *o = &s->out, *a = &s->a, *b = &s->b;
+    if (!readable(p, a) || !readable(p, b) || !modest(p, a) || !modest(p, b)) return "impossible factors";
+    if (s->margins || o->stride[3] != 1 || b->stride[3] != 1 || b->space != ESP_ARENA) return "impossible strides";
+    for (int d = 0; d < 2; d++)
+        if (a->size[d] != o->size[d] || b->size[d] != o->size[d]) return "factors and product disagree";
+    if (a->size[2] != o->size[2] || b->size[3] != o->size[3] || a->size[3] != b->size[2])
+        return "factors and product disagree";
+    return NULL;
+}
+
+static const char *check_norm(const esp_program *p, const esp_step *s)
+{
+    const int64_t width = s->out.size[3];
+    if (!readable(p, &s->a) || !same_sizes(&s->a, &s->out)) return "impossible source";
+    if ((s->values_count && s->values_count != width) || (s->bias_count && s->bias_count != width))
+        return "scale, shift and channels disagree";
+    return NULL;
+}
+
+static const char *check_resize(const esp_program *p, const esp_step *s)
+{
+    const esp_operand *o = &s->out, *a = &s->a;
+    const int64_t padded = (o->size[3] + 15) / 16 * 16, lines = o->size[2] + padded;
+    if (!readable(p, a) || a->size[0] != 1 || o->size[0] != 1 || a->size[1] != o->size[1]) return "impossible source";
+    if (s->index_count != (s->values_count ? 2 : 1) * lines || (s->values_count && s->values_count != lines))
+        return "places, shares and outputs disagree";
+    for (int64_t i = 0; i < s->index_count; i++) {
+        const bool row = i % lines < o->size[2];
+        if (!within(s->index[i], 0, row ? a->size[2] - 1 : (a->size[3] - 1) * a->stride[3]))
+            return "a place lies outside the source";
+    }
     return NULL;
 }
 
@@ -215,8 +295,13 @@ int esp_check_step(const esp_program *program, const esp_step *step, int32_t num
         case ESP_LINEAR: problem = check_linear(program, step); break;
         case ESP_DEPTHWISE: problem = check_depthwise(program, step); break;
         case ESP_GATHER: problem = check_gather(program, step); break;
+        case ESP_WINOGRAD_IN: problem = check_winograd_in(program, step); break;
+        case ESP_WINOGRAD_OUT: problem = check_winograd_out(program, step); break;
         case ESP_POOL:
         case ESP_ADAPTIVE: problem = check_pool(program, step); break;
+        case ESP_MATMUL: problem = check_matmul(program, step); break;
+        case ESP_NORM: problem = check_norm(program, step); break;
+        case ESP_RESIZE: problem = check_resize(program, step); break;
         case ESP_COPY:
         case ESP_BINARY:
         case ESP_UNARY:

@@ -8,6 +8,7 @@
 #include <time.h>
 
 #include "dispatch.h"
+#include "pages.h"
 #include "program.h"
 #include "team.h"
 
@@ -118,7 +119,7 @@ static int heavy_program(const esp_program *p)
 }
 
 /* One arena must be had. Where the system has no room for more, batches go sample by sample. They are zero, so that a
- * program never sees what lay there before, and large ones take no memory until they are used. */
+ * program never sees what lay there before. */
 static int make_arenas(esp_context *c)
 {
     size_t floats = (size_t)workspace_floats(c->program);
@@ -128,7 +129,8 @@ static int make_arenas(esp_context *c)
     c->arena = calloc((size_t)wanted, sizeof *c->arena);
     if (!c->rooms || !c->arena) return 0;
     for (c->wave = 0; c->wave < wanted; c->wave++) {
-        void *room = calloc(floats, sizeof(float));
+        /* the first is always used; the others take no memory until they are */
+        void *room = c->wave ? calloc(floats, sizeof(float)) : esp_pages(floats * sizeof(float));
         if (!room) break;
         c->rooms[c->wave] = room;
         c->arena[c->wave] = (float *)(((uintptr_t)room + 63) / 64 * 64) + ESP_SLACK;

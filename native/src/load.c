@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "dispatch.h"
+#include "pages.h"
 #include "program.h"
 
 enum { HEADER_SIZE = 128, TENSOR_WORDS = 11, MAX_TABLE = 1 << 20, WORK_WORTH_THREADS = 8192 };
@@ -201,6 +202,8 @@ static int64_t step_work(const esp_step *s)
     if (s->op == ESP_CONV) return s->values_count * s->param[CONV_SEGMENTS] * s->param[CONV_LENGTH] / 8;
     if (s->op == ESP_LINEAR) return s->values_count * s->param[LINEAR_POSITIONS] / 4;
     if (s->op == ESP_DEPTHWISE) taps = s->values_count / s->out.size[1] / 2 + 1;
+    if (s->op == ESP_MATMUL) taps = s->a.size[3] / 8 + 1;
+    if (s->op == ESP_NORM) taps = 4;
     if (s->op == ESP_POOL) taps = s->param[POOL_WINDOW_Y] * s->param[POOL_WINDOW_X];
     if (s->op == ESP_ADAPTIVE || s->op == ESP_SOFTMAX) taps = s->a.size[2] * s->a.size[3] / 8 + 1;
     return elements * (taps < 4096 ? taps : 4096);
@@ -226,17 +229,15 @@ static int bind_steps(esp_program *p, char *message, size_t capacity)
 
 static int load_into(esp_program *p, const void *bytes, size_t size, char *message, size_t capacity)
 {
-    uint8_t *room = NULL;
     p->size = (int64_t)size;
     /* one block: the file, aligned for vectors, then its names again with a zero behind each */
     if (size > (size_t)1 << 40) return esp_fail(message, capacity, ESP_BAD_PROGRAM, "not a valid program: too large");
     size_t aligned = (size + 63) / 64 * 64 + ESP_SLACK * 4;
     size_t names = size < (size_t)1 << 24 ? size + 4096 : (size_t)1 << 24;
-    if (posix_memalign((void **)&room, 64, aligned + names)) room = NULL;
+    uint8_t *room = esp_pages(aligned + names);
     if (!room) return esp_fail(message, capacity, ESP_NO_MEMORY, "out of memory for a program of %zu bytes", size);
     p->bytes = room;
     memcpy(room, bytes, size);
-    memset(room + size, 0, aligned - size);
     reader r = {p, NULL, (char *)room + aligned, 0, (int64_t)names};
     int code = read_tables(&r, message, capacity);
     return code ? code : bind_steps(p, message, capacity);

@@ -19,6 +19,11 @@ enum esp_op {
     ESP_SOFTMAX,
     ESP_FILL,
     ESP_DEPTHWISE,
+    ESP_WINOGRAD_IN, /* before and behind the products of a 3 x 3 window */
+    ESP_WINOGRAD_OUT,
+    ESP_NORM,   /* over the last dimension; act_a is epsilon */
+    ESP_MATMUL, /* of two activations; act_a is a factor */
+    ESP_RESIZE, /* up-sampling, nearest or bilinear */
     ESP_OPS_END,
 };
 
@@ -43,6 +48,9 @@ enum { ESP_PARAMS = 16, ESP_STEP_WORDS = 72, ESP_OPERAND_WORDS = 11, ESP_MAX_RAN
 
 /* Floats that kernels may read (never write) past what they need: the tail of the widest tile. */
 enum { ESP_SLACK = 256 };
+
+/* Row-blocks of conv whose vectors run along the rows: their height, and the longest segment that they take. */
+enum { ESP_LANES_HEIGHT = 32, ESP_LANES_PIXELS = 256 };
 
 /* How far a pooling window may reach, in either direction. */
 enum { ESP_POOL_REACH = 2048 };
@@ -87,6 +95,7 @@ enum {
     LINEAR_ROW_STRIDE, /* from output row to output row */
 };
 enum { GATHER_STRIDE_Y = 0, GATHER_STRIDE_X };
+enum { WINOGRAD_FIRST = 0 }; /* row of tiles of 4 x 4 pixels */
 enum {
     POOL_KIND = 0, /* 0 max, 1 mean over the padded window, 2 mean over what lies in the image */
     POOL_WINDOW_Y,

@@ -10,7 +10,7 @@
 from espalier.compress import Result, compress
 from espalier.errors import EspalierError
 from espalier.graph import Graph, capture, shrink
-from espalier.mapping import uniform
+from espalier.mapping import Targets, explain, latency_model, plan, propose, scored, uniform
 from espalier.methods import METHODS, Run, purify, start
 from espalier.report import size
 from espalier.runtime import Executable, bench, compile, machine
@@ -29,16 +29,22 @@ __all__ = [
     "Result",
     "Run",
     "Scheme",
+    "Targets",
     "bench",
     "capture",
     "compile",
     "compress",
+    "explain",
     "info",
+    "latency_model",
     "load",
     "machine",
+    "plan",
+    "propose",
     "purify",
     "save",
     "scheme",
+    "scored",
     "shrink",
     "size",
     "start",

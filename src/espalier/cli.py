@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,6 +48,12 @@ def compress_command(
     seed: int = 0,
     threads: int | None = None,
     resume: bool = False,
+    distill: float | None = None,
+    precision: str | None = None,
+    devices: int = 1,
+    num_nodes: int = 1,
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    accelerator: str = "auto",
     recipe: Recipe | None = None,
 ) -> None:
     """Train a network into a smaller, faster one and measure it.
@@ -70,6 +76,12 @@ def compress_command(
         seed: of everything random
         threads: of the measured latencies
         resume: go on with a run that was stopped
+        distill: share of the loss that the dense network teaches, 0..1
+        precision: of training, such as bf16-mixed
+        devices: processes on each node that train together
+        num_nodes: machines that train together; start the same command on each, as torchrun or SLURM does
+        strategy: ddp, or fsdp to share out gradients and optimizer states
+        accelerator: auto, cpu or cuda
         recipe: how to train: batch_size, lr, momentum, weight_decay and so on
     """
     options = {k: v for k, v in locals().items() if k not in ("model", "data")}

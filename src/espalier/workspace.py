@@ -11,20 +11,25 @@ from typing import Any
 import torch
 
 from espalier.errors import TrainingError
+from espalier.train import Team
 
 
 class Workspace:
     """The output folder. A run that was killed finds here what it had finished.
 
     out/run.json holds the settings; out/work/NAME.pt what phase NAME left behind; checkpoints lie beside it.
+    Of several processes (`team`) the first reads and writes, and tells the others.
     """
 
-    def __init__(self, out: str | Path, settings: dict[str, Any], resume: bool) -> None:
+    def __init__(self, out: str | Path, settings: dict[str, Any], resume: bool, team: Team | None = None) -> None:
         """Open the folder, or make it.
 
         Raises TrainingError when another run's results are there, or `settings` differ from those being resumed.
         """
-        self.path = Path(out)
+        self.path, self.team = Path(out), team or Team.alone()
+        self.team.first(lambda: self._open(out, settings, resume))
+
+    def _open(self, out: str | Path, settings: dict[str, Any], resume: bool) -> None:
         record = self.path / "run.json"
         if record.exists():
             before = json.loads(record.read_text(encoding="utf-8"))
@@ -35,25 +40,34 @@ class Workspace:
                 told = ", ".join(f"{k} (was {before.get(k)!r}, now {settings.get(k)!r})" for k in changed)
                 raise TrainingError(f"{out} cannot be resumed with other settings: {told}. Choose another --out")
         self._guard(lambda: (self.path / "work").mkdir(parents=True, exist_ok=True))
-        self.write_text("run.json", json.dumps(settings, indent=1))
+        self._write("run.json", json.dumps(settings, indent=1))
 
     def checkpoint(self, phase: str) -> Path:
         """Where the training loop keeps the checkpoint of a phase."""
         return self.path / "work" / f"{phase}.checkpoint.pt"
 
     def phase(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What phase `name` left behind (tensors and plain values); `work` is done only if it has not been."""
+        """What phase `name` left behind (tensors and plain values); `work` is done only if it has not been.
+
+        Several processes all work; what the first one came to is what all of them go on with.
+        """
         file = self.path / "work" / f"{name}.pt"
-        if not file.exists():
+        if not self.team.first(file.exists):
             state = work()
-            part = file.with_suffix(".part")
-            self._guard(lambda: torch.save(state, part))
-            self._guard(lambda: os.replace(part, file))
-            self.checkpoint(name).unlink(missing_ok=True)
-        return torch.load(file, weights_only=True)
+            self.team.first(lambda: self._keep(name, file, state))
+        return self.team.first(lambda: torch.load(file, weights_only=True))
+
+    def _keep(self, name: str, file: Path, state: dict[str, Any]) -> None:
+        part = file.with_suffix(".part")
+        self._guard(lambda: torch.save(state, part))
+        self._guard(lambda: os.replace(part, file))
+        self.checkpoint(name).unlink(missing_ok=True)
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file of the run."""
+        return self.team.first(lambda: self._write(name, text))
+
+    def _write(self, name: str, text: str) -> Path:
         target, part = self.path / name, self.path / f"{name}.part"
         self._guard(lambda: part.write_text(text, encoding="utf-8"))
         self._guard(lambda: os.replace(part, target))

@@ -15,6 +15,7 @@ def busy(seconds: float) -> None:
         pass
 
 
+@pytest.mark.alone
 def test_known_times_come_out() -> None:
     made = bench({"short": lambda: busy(0.001), "long": lambda: busy(0.004)}, rounds=7)
     assert list(made) == ["short", "long"]
@@ -25,6 +26,7 @@ def test_known_times_come_out() -> None:
         assert timing.spread_ms == timing.high_ms - timing.low_ms
 
 
+@pytest.mark.alone
 def test_cores_are_those_that_work() -> None:
     made = bench({"busy": lambda: busy(0.002), "asleep": lambda: time.sleep(0.002)}, rounds=5)
     assert made["busy"].cores <= 1.1 and made["asleep"].cores < 0.6 * made["busy"].cores

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from espalier.compiler.memory import Interval, allocate, lower_bound
+from espalier.compiler.memory import Interval, allocate, in_place, lower_bound
+from espalier.compiler.program import Operand, Step
 
 
 def check_arena(intervals: list[Interval], offsets: dict[str, int], size: int) -> None:
@@ -52,3 +53,32 @@ def network(seed: int) -> list[Interval]:
 def test_networks_need_little_more_than_what_lives_at_once() -> None:
     shares = [allocate(network(seed)).size_bytes / lower_bound(network(seed)) for seed in range(100)]
     assert max(shares) < 1.2 and sum(shares) / len(shares) < 1.01
+
+
+def _conv(number: int, a: str, out: str, residual: str = "", op: str = "conv", shift: int = 0) -> Step:
+    sizes, strides = (1, 4, 1, 8), (0, 8, 8, 1)
+    b = Operand("arena", 0, shift, sizes, strides, residual) if residual else Operand()
+    x, y = (Operand("arena", 0, 0, sizes, strides, name) for name in (a, out))
+    return Step(f"step {number}", op, y, x, b)
+
+
+SIZES = dict.fromkeys("abcdef", 128)
+
+
+def test_a_residual_that_nobody_reads_later_is_overwritten() -> None:
+    steps = [_conv(0, "a", "b"), _conv(1, "b", "c", "a"), _conv(2, "c", "d"), _conv(3, "d", "e", "c")]
+    assert in_place(steps, SIZES) == {"c": "a", "e": "a"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "why"),
+    [
+        ([_conv(0, "b", "c", "a"), _conv(1, "a", "d")], "it is read later"),
+        ([_conv(0, "a", "c", "a")], "the window reads it too"),
+        ([_conv(0, "b", "c", "a", shift=8)], "it lies elsewhere in its storage"),
+        ([_conv(0, "b", "c", "a", op="linear")], "the kernel may write before it reads"),
+        ([_conv(0, "b", "f", "a")], "another size"),
+    ],
+)
+def test_residuals_that_must_stay(steps, why) -> None:
+    assert in_place(steps, {**SIZES, "f": 256}) == {}, why

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from espalier.compiler.lower import lower
+from espalier.compiler.program import STEP_OPS
 from espalier.errors import EngineError
 from espalier.graph.capture import capture
 from espalier.runtime.engine import LoadedProgram
@@ -65,14 +66,20 @@ class Everything(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, 2, 1, groups=2)
+        self.c, self.d = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding=1)
         self.dw, self.fc = nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Linear(24, 5)
+        self.turn = nn.Linear(4, 8)
 
     def forward(self, x):
         y = self.a(x).sigmoid()
         y = torch.relu(y + self.dw(self.a(x * 2)))
+        y = y + self.d(nn.functional.pad(self.c(x), (4, 4, 4, 4)))[:, :6, 4:15, 4:15]
         y = nn.functional.pad(nn.functional.max_pool2d(self.b(y), 3, 2, 1), (1, 0))
         y = nn.functional.adaptive_avg_pool2d(y * y, 2).flatten(1)
-        return self.fc(y).softmax(1)
+        tokens = torch.nn.functional.layer_norm(self.turn(y.reshape(-1, 6, 4)), (8,))
+        tokens = (tokens @ tokens.transpose(1, 2)).softmax(-1) @ tokens
+        larger = torch.nn.functional.interpolate(tokens.reshape(-1, 6, 2, 4), scale_factor=2, mode="bilinear")
+        return self.fc(y).softmax(1), torch.nn.functional.interpolate(larger, size=(5, 7))
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +90,7 @@ def program() -> bytes:
 
 def test_every_kind_of_step_is_attacked(program) -> None:
     kinds = {kernel.split("/")[0] for kernel in LoadedProgram(program).kernels}
-    assert kinds == {
-        "conv",
-        "linear",
-        "copy",
-        "gather",
-        "pool",
-        "adaptive",
-        "binary",
-        "unary",
-        "softmax",
-        "fill",
-        "depthwise",
-    }
+    assert kinds == set(STEP_OPS)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -107,7 +102,7 @@ def test_damaged_programs_never_crash(program, tmp_path, seed) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     refused, ran = map(int, done.stdout.split())
-    assert refused > ran > 0
+    assert min(refused, ran) > int(rounds) / 5
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from espalier.compiler.blocks import dense
 from espalier.compiler.formats import RowBlocks, pack
 from espalier.compiler.program import Operand, Program, Step, TensorSpec
 from espalier.errors import EngineError
@@ -43,10 +44,14 @@ def arrays(blocks: RowBlocks, index: np.ndarray, bias: np.ndarray) -> dict[str, 
     }
 
 
+def row_blocks(weight: np.ndarray, height: int) -> RowBlocks:
+    return pack(weight, height) if height in HEIGHTS else dense(weight, height)
+
+
 def conv_program(weight: np.ndarray, pixels: int, height: int, bias: np.ndarray, segments: int = 1) -> Program:
     """relu(weight @ x + bias + x') for x [columns, segments * pixels]; x' are the first rows of x."""
     rows, columns = weight.shape
-    blocks, size = pack(weight, height), segments * pixels
+    blocks, size = row_blocks(weight, height), segments * pixels
     x = Operand("arena", 0, 0, (1, 1, 1, columns * size), (0, 0, 0, 1))
     y = Operand("arena", 0, columns * size, (1, rows, segments, pixels), (0, size, pixels, 1))
     step = Step(
@@ -81,14 +86,16 @@ def run(program: Program, *inputs: np.ndarray, threads: int = 1) -> np.ndarray:
     return Context(LoadedProgram(program.to_bytes()), threads).run([x[None] for x in inputs], 1)[0][0]
 
 
-def conv_case(isa: str, height: int, pixels: int, kind: str, segments: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def conv_case(
+    isa: str, height: int, pixels: int, kind: str, segments: int = 1, rows: int = ROWS, columns: int = COLUMNS
+) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(1)
-    weight, bias = matrix(kind), rng.standard_normal(ROWS).astype(np.float32)
-    x = rng.standard_normal((COLUMNS, segments * pixels)).astype(np.float32)
+    weight, bias = matrix(kind, rows, columns), rng.standard_normal(rows).astype(np.float32)
+    x = rng.standard_normal((columns, segments * pixels)).astype(np.float32)
     loaded = LoadedProgram(conv_program(weight, pixels, height, bias, segments).to_bytes())
     assert loaded.kernels[1] == f"conv/{height}/{isa}"
     got = Context(loaded, 2).run([x[None]], 1)[0][0]
-    expected = np.maximum(weight.astype(np.float64) @ x + bias[:, None] + x[:ROWS], 0)
+    expected = np.maximum(weight.astype(np.float64) @ x + bias[:, None] + x[:rows], 0)
     return got, expected
 
 
@@ -103,6 +110,32 @@ def test_conv_kernels(isa, height, kind, assert_close) -> None:
 @pytest.mark.parametrize("height", HEIGHTS)
 def test_conv_kernels_row_by_row(isa, height, assert_close) -> None:
     assert_close(*conv_case(isa, height, 37, "sparse", segments=11))
+
+
+@pytest.mark.parametrize("kind", ["empty", "survivor", "dense"])
+def test_conv_kernels_with_vectors_along_rows(isa, kind, assert_close) -> None:
+    """Tiles of up to 3 segments, 7 pixels and 256 columns; bands of 256 pixels; 2 vectors of rows at once."""
+    for pixels, segments in (
+        (1, 1),
+        (1, 5),
+        (4, 4),
+        (5, 3),
+        (6, 7),
+        (7, 7),
+        (8, 2),
+        (15, 1),
+        (17, 2),
+        (60, 5),
+        (256, 2),
+    ):
+        assert_close(*conv_case(isa, 32, pixels, kind, segments))
+    for rows, columns in ((31, 255), (32, 256), (33, 257)):
+        assert_close(*conv_case(isa, 32, 9, kind, 2, rows, columns))
+
+
+def test_segments_too_long_for_vectors_along_rows_are_refused() -> None:
+    with pytest.raises(EngineError, match="a segment too long"):
+        LoadedProgram(conv_program(matrix("dense"), 257, 32, np.zeros(ROWS, np.float32)).to_bytes())
 
 
 @pytest.mark.parametrize("kind", ["empty", "survivor", "sparse", "dense"])

@@ -131,6 +131,7 @@ OPS = {
     "permute": lambda m, x: x.permute(0, 2, 3, 1).relu().reshape(x.shape[0], -1),
     "shuffle": lambda m, x: x.reshape(x.shape[0], 2, 3, *x.shape[2:]).transpose(1, 2).flatten(1, 2).relu(),
     "flatten": lambda m, x: (x * 2).flatten(1),
+    "turned": lambda m, x: x.transpose(2, 3).relu(),
 }  # fmt: skip
 
 

@@ -131,6 +131,9 @@ def fake_hub(
             super().__init__(rows)
             self.features = features
 
+        def __getitem__(self, key: Any) -> Any:
+            return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+
     asked: list[Any] = []
 
     def load_dataset(*arguments: Any) -> dict[str, Rows]:

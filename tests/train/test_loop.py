@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from espalier.errors import MissingExtraError, TrainingError, UnknownNameError
 from espalier.train import Data, Recipe, Split, build, evaluate, fit, load_data, recalibrate, seed_everything
-from espalier.train import loop as loop_module
+from espalier.train import team as team_module
 from espalier.train.recipe import OPTIMIZERS, SCHEDULES
 
 REPOSITORY = Path(__file__).parents[2]
@@ -222,7 +222,7 @@ def test_a_precision_or_device_that_there_is_not(simple: Data) -> None:
 
 
 def test_without_the_extra(simple: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_module, "Fabric", None)
+    monkeypatch.setattr(team_module, "Fabric", None)
     with pytest.raises(MissingExtraError, match=r"lightning-fabric.*espalier\[train\]"):
         quiet(linear(), simple, Recipe())
 

@@ -84,7 +84,7 @@ def _estimated(matrix: np.ndarray, op: str) -> Choice:
     density = np.count_nonzero(matrix) / max(1, matrix.size)
     if density >= _DENSE_FROM:
         height = max(heights)
-        return Choice(_dense(matrix, height), f"dense/{height}", f"density {density:.2f}: skipping would not pay")
+        return Choice(dense(matrix, height), f"dense/{height}", f"density {density:.2f}: skipping would not pay")
     tried = {h: pack(matrix, h) for h in heights}
     estimates = {h: _cost(b, costs[h], _ROW_COST[op]) for h, b in tried.items()}
     dense_height = max(heights)
@@ -93,12 +93,55 @@ def _estimated(matrix: np.ndarray, op: str) -> Choice:
     if dense_cost < estimates[best]:
         worse = estimates[best] / dense_cost
         reason = f"density {density:.2f}, but rows share too few columns: blocks/{best} would take {worse:.1f}x as long"
-        return Choice(_dense(matrix, dense_height), f"dense/{dense_height}", reason)
+        return Choice(dense(matrix, dense_height), f"dense/{dense_height}", reason)
     blocks = tried[best]
     filled = np.count_nonzero(blocks.values) / max(1, blocks.values.size)
     gain = dense_cost / max(estimates[best], 1e-9)
     reason = f"density {density:.2f}, blocks {filled:.0%} full, {gain:.1f}x less work than dense"
     return Choice(blocks, f"blocks/{best}", reason)
+
+
+# Share of the arithmetic peak that dense kernels reach when all lanes count: with 1, 2 or 3 vectors along pixels (the
+# fewer, the more loads of weights for a product), and with vectors along rows.
+_ALONG_PIXELS, _ALONG_ROWS = (0.55, 0.8, 0.85), 0.92
+_TURN = 50  # what turning the sums of vectors along rows costs, in columns
+LANES_HEIGHT = 32  # of the blocks whose vectors run along the rows
+_LANES_PIXELS = 256  # of a plane that they take
+
+
+def choose_conv(matrices: list[np.ndarray], height: int, width: int, row_stride: int) -> Choice:
+    """Row-blocks of a conv with one matrix per conv group that makes planes of `height` x `width` pixels.
+
+    row_stride: floats from row to row of these planes. A dense weight over planes too small to fill vectors is stored
+    in blocks whose vectors run along the rows instead.
+    """
+    if len(matrices) > 1:
+        return choose_groups(matrices, "conv")
+    choice = choose(matrices[0], "conv")
+    if not choice.format.startswith("dense") or not _along_rows(matrices[0].shape, height, width, row_stride):
+        return choice
+    blocks = dense(matrices[0], LANES_HEIGHT)
+    return Choice(blocks, f"dense/{LANES_HEIGHT}", f"{choice.reason}; vectors along rows")
+
+
+def choose_dense_groups(matrices: list[np.ndarray], height: int, width: int) -> Choice:
+    """Dense row-blocks of a block-diagonal matrix with these blocks, over `height` x `width` pixels without margins."""
+    lanes = _along_rows(matrices[0].shape, height, width, width)
+    block = LANES_HEIGHT if lanes else max(h for h in CONV_COST if h == 1 or h < 2 * len(matrices[0]))
+    blocks = _joined([dense(m, block) for m in matrices])
+    return Choice(blocks, f"winograd/{block}", "3 x 3 at stride 1: tiles of 4 x 4 pixels in 36 products")
+
+
+def _along_rows(shape: tuple[int, ...], height: int, width: int, row_stride: int) -> bool:
+    """Whether dense blocks of a matrix [rows, columns] run faster with vectors along their rows than along pixels."""
+    rows, columns = shape
+    if rows < LANES_HEIGHT or height * width > _LANES_PIXELS:
+        return False
+    run = (height - 1) * row_stride + width
+    vectors, at_once = min((-(-run // 16), -(-run // 16)), (height * -(-width // 16), -(-width // 16)))
+    along_pixels = _ALONG_PIXELS[min(at_once, 3) - 1] * height * width / (16 * vectors)
+    filled = rows / (-(-rows // LANES_HEIGHT) * LANES_HEIGHT)
+    return _ALONG_ROWS * filled * columns / (columns + _TURN) > along_pixels
 
 
 def choose_groups(matrices: list[np.ndarray], op: str) -> Choice:
@@ -108,10 +151,10 @@ def choose_groups(matrices: list[np.ndarray], op: str) -> Choice:
     stack = np.concatenate(matrices)  # one height for all groups: chosen as if they shared their columns
     height = choose(stack, op).blocks.height
     height = min(height, 1 << int(math.log2(max(1, matrices[0].shape[0]))))
-    dense = np.count_nonzero(stack) >= _DENSE_FROM * stack.size
-    parts = [_dense(m, height) if dense else pack(m, height) for m in matrices]
+    full = np.count_nonzero(stack) >= _DENSE_FROM * stack.size
+    parts = [dense(m, height) if full else pack(m, height) for m in matrices]
     density = np.count_nonzero(stack) / max(1, stack.size)
-    name = f"grouped {'dense' if dense else 'blocks'}/{height}"
+    name = f"grouped {'dense' if full else 'blocks'}/{height}"
     return Choice(_joined(parts), name, f"{len(matrices)} conv groups, density {density:.2f}")
 
 
@@ -124,8 +167,8 @@ def _dense_cost(shape: tuple[int, ...], height: int, column: float, row: float) 
     return count * (shape[1] * column + height * row)
 
 
-def _dense(matrix: np.ndarray, height: int) -> RowBlocks:
-    """All columns in every block, rows in their order; the last block may be lower than the others are."""
+def dense(matrix: np.ndarray, height: int) -> RowBlocks:
+    """Row-blocks of `matrix` [rows, columns]: all columns in every one, rows in their order, the last one padded."""
     rows, columns = matrix.shape
     count = -(-rows // height)
     padded = np.zeros((count * height, columns), np.float32)

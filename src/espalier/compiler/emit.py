@@ -11,6 +11,7 @@ import numpy as np
 
 from espalier.compiler.layout import Layout, Place, Storage, four
 from espalier.compiler.program import Four, Operand, Step, dense_strides
+from espalier.compiler.samples import Samples
 from espalier.errors import CompileError
 from espalier.graph.ir import Graph, Node
 
@@ -30,6 +31,7 @@ class Emitter:
     places: dict[str, Place] = field(default_factory=dict)
     storages: dict[str, Storage] = field(default_factory=dict)
     copies: dict[str, Place] = field(default_factory=dict)  # values copied into planes
+    samples: Samples = field(default_factory=Samples)  # values whose batch is not their first dimension
     # flattened values that only linear layers read: what they are made of, and where each entry lies in it
     tables: dict[str, tuple[Place, np.ndarray]] = field(default_factory=dict)
 
@@ -61,6 +63,14 @@ class Emitter:
 
     def copy(self, source: Place, target: Place, name: str, nodes: tuple[str, ...] = ()) -> None:
         """target = source; target's margins are zeroed."""
+        if len(source.shape) > 4:
+            for k in range(source.shape[0]):
+                one, other = (
+                    replace(p, shape=p.shape[1:], strides=p.strides[1:], offset=p.offset + k * p.strides[0])
+                    for p in (source, target)
+                )
+                self.copy(one, other, name, nodes)
+            return
         front = target.front()
         sizes, (into, of) = (source.operand().sizes, (target.operand().strides, source.operand().strides))
         if front is None:
@@ -125,15 +135,16 @@ class Emitter:
 
 
 def merged(sizes: Four, strides: tuple[Four, ...], keep: int = 0) -> tuple[Four, tuple[Four, ...]]:
-    """The same elements in fewer, longer dimensions, for all operands alike.
+    """The same elements in fewer, longer dimensions, for all operands alike, the densest of the first one last.
 
     keep: dimensions at the front that stay as they are.
 
     >>> merged((1, 2, 3, 4), ((0, 12, 4, 1),))
     ((1, 1, 1, 24), ((0, 0, 0, 1),))
     """
-    size = list(sizes)
-    rows = [list(s) for s in strides]
+    order = sorted(range(4), key=lambda d: (sizes[d] > 1, -strides[0][d])) if not keep else range(4)
+    size = [sizes[d] for d in order]
+    rows = [[s[d] for d in order] for s in strides]
     for d in (2, 1, 0):
         if d < keep:
             break

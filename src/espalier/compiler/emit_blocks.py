@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from espalier.compiler.blocks import Choice, choose, choose_groups
+from espalier.compiler import emit_winograd as winograd
+from espalier.compiler.blocks import LANES_HEIGHT, Choice, choose, choose_conv, choose_groups
 from espalier.compiler.emit import Emitter, fused_activation
 from espalier.compiler.layout import Place, planes_of
 from espalier.compiler.program import Operand, Step
@@ -28,29 +29,31 @@ def conv(e: Emitter, node: Node) -> None:
     if height * width == 1 and out.front() is None:
         _conv_at_one_pixel(e, node, w, matrices, out)
         return
-    choice = choose(matrices[0], "conv") if groups == 1 else choose_groups(matrices, "conv")
+    stride = e.layout.storage(e.layout.home[node.outputs[0]][0]).row_stride
+    choice = choose_conv(matrices, height, width, stride)
+    b = Operand() if residual is None else e.like(residual, out).operand()
+    if choice.format.startswith("dense") and winograd.pays(node, w, height, width):
+        winograd.winograd(e, node, w, out, e.array(bias), b)
+        return
     source, index = _columns(e, node, w.shape, choice.blocks.columns)
     out_operand, in_operand = out.operand(), source.operand()
-    fields = dict(residual=Operand(), residual_stride=0)
-    if residual is not None:
-        b = e.like(residual, out).operand()
-        fields = dict(residual=b, residual_stride=b.strides[2])
     assert out.storage is not None and source.storage is not None
     row_in, row_out = source.storage.row_stride, out.storage.row_stride
-    flat = row_in == row_out and _flat_pays(height, width, row_out)
+    along_rows = choice.blocks.height == LANES_HEIGHT
+    flat = row_in == row_out and not along_rows and _flat_pays(height, width, row_out)
     run = (height - 1) * row_out + width
     chunk = max(192, min(8192, _CHUNK_FLOATS // in_operand.sizes[1]))
-    segments = (1, run, 0, 0, 0) if flat else (height, width, row_in, row_out, fields["residual_stride"])
+    segments = (1, run, 0, 0, 0) if flat else (height, width, row_in, row_out, b.strides[2])
     e.steps.append(
         Step(
             name=node.name,
             op="conv",
             out=out_operand,
             a=in_operand,
-            b=fields["residual"],  # type: ignore[arg-type]
+            b=b,
             activation=fused_activation(node),
             front=out.front(),
-            params=(choice.blocks.height, *segments, chunk),  # type: ignore[arg-type]
+            params=(choice.blocks.height, *segments, chunk),
             arrays=_arrays(choice, index, e.array(bias)),
             **_facts(node, choice, w),
         )
@@ -58,9 +61,13 @@ def conv(e: Emitter, node: Node) -> None:
 
 
 def _flat_pays(height: int, width: int, row_stride: int, lanes: int = 16) -> bool:
-    """Whether a plane with its side margins, as one run, takes fewer vectors than row by row."""
+    """Whether a plane with its side margins, as one run, takes fewer vectors than row by row.
+
+    A vector alone costs a third more: the weights are loaded for it, and for nothing else.
+    """
     run = (height - 1) * row_stride + width
-    return -(-run // lanes) <= height * -(-width // lanes) * 1.05
+    in_row = -(-width // lanes)
+    return -(-run // lanes) <= height * in_row * (1.3 if in_row == 1 else 1.05)
 
 
 def _facts(node: Node, choice: Choice, w: np.ndarray) -> dict:

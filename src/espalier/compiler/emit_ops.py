@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from espalier.compiler.emit import (
     fused_activation,
     merged,
 )
+from espalier.compiler.emit_tokens import move_at_one, reordered, target_like, turned
 from espalier.compiler.layout import Place, four, view
 from espalier.compiler.program import dense_strides
 from espalier.graph.ir import Node
@@ -53,8 +55,8 @@ def _per_channel(e: Emitter, node: Node, scale: np.ndarray | None, shift: np.nda
 
 def _unary(e: Emitter, node: Node, activation: Activation, arrays: dict[str, np.ndarray]) -> None:
     x = e.places[str(node.inputs[0])]
-    y = e.target(node.outputs[0])
     per_channel = any(a.size > 1 for a in arrays.values())
+    y = e.target(node.outputs[0]) if per_channel else target_like(e, node.outputs[0], x)
     out, a = y.operand(), x.operand()
     if len(y.shape) == 1 and per_channel:
         out, a = (replace(o, sizes=(1, o.sizes[3], 1, 1), strides=(0, o.strides[3], 0, 0)) for o in (out, a))
@@ -82,8 +84,10 @@ def binary(e: Emitter, node: Node) -> None:
         arrays = {"values": np.array([scale], np.float32), "bias": np.array([shift], np.float32)}
         _unary(e, node, fused_activation(node), arrays)
         return
-    y = e.target(node.outputs[0])
-    operands = [broadcast(y.shape, _operand_place(e, str(name))) for name in node.inputs[:2]]
+    places = [_operand_place(e, str(name)) for name in node.inputs[:2]]
+    whole = [p for p in places if p.shape == e.layout.shapes[node.outputs[0]]]
+    y = target_like(e, node.outputs[0], next((p for p in whole if turned(p)), places[0]))
+    operands = [broadcast(y.shape, reordered(p, y)) for p in places]
     out, front = y.operand(), y.front()
     if front is None:
         sizes, strides = merged(out.sizes, (out.strides, *[o.strides for o in operands]))
@@ -149,25 +153,6 @@ def reduced(node: Node, rank: int) -> list[int]:
     return sorted(d - 1 if d >= 0 else d + rank for d in node.attrs["dims"])
 
 
-def softmax(e: Emitter, node: Node) -> None:
-    x = e.places[str(node.inputs[0])]
-    y = e.clean_target(node.outputs[0])
-    dim = node.attrs["dim"]
-    dim = dim - 1 if dim > 0 else dim + len(x.shape)
-    order = [d for d in range(len(x.shape)) if d != dim] + [dim]
-    turned = [
-        replace(p, shape=tuple(p.shape[d] for d in order), strides=tuple(p.strides[d] for d in order)) for p in (x, y)
-    ]
-    a, out = (p.operand_of(*_last_dimension(p)) for p in turned)
-    params = (int(node.op == "log_softmax"),)
-    e.step(name=node.name, op="softmax", out=out, a=a, params=params, nodes=(node.name,))
-
-
-def _last_dimension(place: Place) -> tuple:
-    lead = 4 - len(place.shape)
-    return (1,) * lead + place.shape, (0,) * lead + place.strides
-
-
 def pad(e: Emitter, node: Node) -> None:
     x, y = e.places[str(node.inputs[0])], e.target(node.outputs[0])
     e.clear(y, f"{node.name}/fill", float(node.attrs["value"]))
@@ -188,7 +173,7 @@ def _copy_inside(e: Emitter, node: Node, x: Place, inside: Place) -> None:
 
 def concat(e: Emitter, node: Node) -> None:
     """Parts that were written in place are there already; the others are copied."""
-    y = e.target(node.outputs[0])
+    y = _concat_target(e, node)
     dim = node.attrs["dim"]
     dim = dim - 1 if dim > 0 else dim + len(y.shape)
     whole_planes = dim == 0
@@ -206,8 +191,19 @@ def concat(e: Emitter, node: Node) -> None:
         offset += x.shape[dim] * y.strides[dim]
 
 
+def _concat_target(e: Emitter, node: Node) -> Place:
+    """In the order of the largest part, where that is turned."""
+    value = node.outputs[0]
+    shape = e.layout.shapes[value]
+    largest = max((_operand_place(e, str(name)) for name in node.inputs), key=lambda p: math.prod(p.shape))
+    return target_like(e, value, replace(largest, shape=shape))
+
+
 def move(e: Emitter, node: Node) -> None:
     """A view where strides can say it; else a contiguous copy and a view of that."""
+    if e.samples.strange(node):
+        move_at_one(e, node)
+        return
     value = str(node.inputs[0])
     source = e.places[value]
     attrs = {k: v for k, v in node.attrs.items() if k != "activation"}
@@ -254,6 +250,7 @@ MOVES = (
     "slice",
     "select",
     "split",
+    "unbind",
     "squeeze",
     "unsqueeze",
     "expand",

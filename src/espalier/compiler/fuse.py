@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espalier.compiler import transposed
 from espalier.graph import OPAQUE, Graph, Node, Value
 from espalier.graph.interpret import apply
 from espalier.graph.opaque import resolve
@@ -252,6 +253,7 @@ def _used(graph: Graph) -> Graph:
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
     fold_constants,
+    transposed.rewrite,
     _without_identities,
     _with_activation_slots,
     _folded_norms,

@@ -11,8 +11,10 @@ Concatenations along channels are laid out first and their parts written in plac
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 
@@ -20,6 +22,8 @@ from espalier.compiler.program import Four, Operand, Space, dense_strides
 from espalier.compiler.window import is_depthwise
 from espalier.graph.ir import Graph, Node
 
+# Planes of so many floats begin with a cache line, so that no vector lies in two; and in different sets of the cache.
+_WHOLE_LINES, _ODD_LINES = 48, 144
 _BATCH_STRIDE = 1 << 50  # of the batch dimension while views are worked out; no sample is as large
 
 
@@ -78,7 +82,10 @@ class Place:
         """Margin floats that the writer of this place must zero before it; None where there are no margins."""
         if self.storage is None or not self.storage.margins:
             return None
-        return self.storage.front if self.offset == self.storage.front else 0
+        if self.offset == self.storage.front:
+            return self.storage.front
+        # part of a concatenation, read before the part in front of it is written: that one's last margin, too
+        return self.storage.vertical * self.storage.row_stride + self.storage.side
 
     def fits(self, vertical: int, side: int) -> bool:
         """Whether a window may reach so far beyond the image, and kernels may read along its rows."""
@@ -168,8 +175,10 @@ class Layout:
         stride = max(o.width + o.side for o in same)
         reach = r.vertical * stride + r.side  # what windows read before the first and after the last pixel
         plane = (r.height - 1) * stride + r.width + reach
-        if plane >= 256:  # planes begin in different cache sets: an odd number of cache lines
-            plane = (-(-plane // 16) | 1) * 16
+        if plane >= _WHOLE_LINES:
+            plane = -(-plane // 16) * 16
+        if plane >= _ODD_LINES:
+            plane |= 16
         front = -(-reach // 16) * 16
         return Storage(root, r.channels, r.height, r.width, stride, plane, r.vertical, r.side, front)
 
@@ -185,7 +194,12 @@ class Layout:
 
     def copy_place(self, value: str) -> Place:
         """Where `value` is copied to when it must lie as planes and does not."""
-        return self._planes(self.storage(f"{value}/planes"), 0, self.shapes[value])
+        root = f"{value}/planes"
+        if root in self.roots:
+            return self._planes(self.storage(root), 0, self.shapes[value])
+        planned = self.storage(self.home[value][0])  # written in another order than planned
+        storage = replace(planned, name=root, channels=planes_of(self.shapes[value])[0])
+        return self._planes(storage, 0, self.shapes[value])
 
     @staticmethod
     def _planes(storage: Storage, channel: int, shape: tuple[int, ...]) -> Place:
@@ -214,9 +228,19 @@ class Layout:
         return name
 
 
-def plan_layout(graph: Graph, nodes: tuple[Node, ...], inputs: tuple[str, ...], fresh: set[str]) -> Layout:
-    """Storages for the values that `nodes` write. fresh: the values that steps write, rather than views of others."""
-    shapes = {name: tuple(value.shape[1:]) for name, value in graph.values.items() if value.shape}
+def plan_layout(
+    graph: Graph,
+    nodes: tuple[Node, ...],
+    inputs: tuple[str, ...],
+    fresh: set[str],
+    strange: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> Layout:
+    """Storages for the values that `nodes` write.
+
+    fresh: the values that steps write, rather than views of others. strange: shapes of those for one sample whose batch
+    is not their first dimension.
+    """
+    shapes = {name: tuple(value.shape[1:]) for name, value in graph.values.items() if value.shape} | dict(strange)
     layout = Layout(graph, inputs, shapes)
     parts = _channel_parts(nodes, shapes, fresh)
     for node in nodes:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 
 from espalier.compiler.depth_first import depth_first
 from espalier.compiler.emit import Emitter
-from espalier.compiler.fuse import fuse
+from espalier.compiler.fuse import fold_constants, fuse
 from espalier.compiler.layout import Place, plan_layout
-from espalier.compiler.memory import Interval, allocate
+from espalier.compiler.memory import Interval, allocate, in_place
 from espalier.compiler.program import Operand, Program, Step, TensorSpec, dense_strides
-from espalier.compiler.support import LOWERINGS, follows, why_not
+from espalier.compiler.samples import follows, track
+from espalier.compiler.support import LOWERINGS, why_not
 from espalier.errors import CompileError
 from espalier.graph.ir import Graph, Node
 
@@ -32,10 +33,12 @@ def lower(graph: Graph) -> Program:
     (`split` hands those parts to PyTorch).
     """
     batch = batch_of(graph)
+    graph = fold_constants(graph)
+    samples = track(graph, batch)
     refused = [
         f"{node.name} ({node.op}) at {node.place or 'unknown place'}: {reason}"
         for node in graph.nodes
-        if (reason := why_not(graph, node, batch))
+        if (reason := why_not(graph, node, batch, samples))
     ]
     refused += _strange_ends(graph, batch)
     if refused:
@@ -47,7 +50,9 @@ def lower(graph: Graph) -> Program:
 def split(graph: Graph) -> tuple[Piece, ...]:
     """The whole graph as pieces in the order in which they run: as few as a greedy order gives."""
     batch = batch_of(graph)
-    reasons = {node.name: why_not(graph, node, batch) for node in graph.nodes}
+    graph = fold_constants(graph)
+    samples = track(graph, batch)
+    reasons = {node.name: why_not(graph, node, batch, samples) for node in graph.nodes}
     pieces = []
     for native, nodes in _runs(graph, reasons):
         part = _subgraph(graph, nodes)
@@ -144,8 +149,9 @@ def _program(graph: Graph, batch: int) -> Program:
     """Steps for a fused graph that the engine can run."""
     graph = depth_first(graph)
     fresh = {name for node in graph.nodes if LOWERINGS[node.op].fresh for name in node.outputs}
-    layout = plan_layout(graph, graph.nodes, graph.inputs, fresh)
-    e = Emitter(graph, layout, batch)
+    samples = track(graph, batch)
+    layout = plan_layout(graph, graph.nodes, graph.inputs, fresh, samples.shapes)
+    e = Emitter(graph, layout, batch, samples=samples)
     for index, name in enumerate(graph.inputs):
         shape = layout.shapes[name]
         e.places[name] = Place(shape, dense_strides(shape), space="input", index=index)
@@ -162,6 +168,8 @@ def _program(graph: Graph, batch: int) -> Program:
 
 def _in_arena(e: Emitter) -> tuple[tuple[Step, ...], int]:
     """Steps whose operands lie in one arena, and its size in bytes."""
+    renamed = in_place(e.steps, {name: s.size_bytes for name, s in e.storages.items()})
+    e.steps = [_with_storages(step, renamed) for step in e.steps]
     alive: dict[str, tuple[int, int]] = {}
     for number, step in enumerate(e.steps):
         for name in _storages(step):
@@ -175,6 +183,13 @@ def _in_arena(e: Emitter) -> tuple[tuple[Step, ...], int]:
 
     steps = [replace(s, out=settled(s.out), a=settled(s.a), b=settled(s.b)) for s in e.steps]
     return tuple(steps), arena.size_bytes
+
+
+def _with_storages(step: Step, renamed: dict[str, str]) -> Step:
+    out, a, b = (
+        replace(o, storage=renamed[o.storage]) if o.storage in renamed else o for o in (step.out, step.a, step.b)
+    )
+    return replace(step, out=out, a=a, b=b)
 
 
 def _storages(step: Step) -> Iterable[str]:

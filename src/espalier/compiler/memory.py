@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from espalier.compiler.program import Step
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -51,6 +53,37 @@ def allocate(intervals: Sequence[Interval], align: int = 64) -> Arena:
         if arenas[-1].size_bytes <= least:
             break
     return min(arenas, key=lambda arena: arena.size_bytes)
+
+
+def in_place(steps: Sequence[Step], sizes: Mapping[str, int]) -> dict[str, str]:
+    """storage -> the storage that it may share: sums with a residual that nobody reads any more are written over it.
+
+    The steps that write the first must be the only readers of the second from then on, at the same places. sizes: of
+    each storage, in bytes.
+    """
+    uses: dict[str, list[int]] = {}
+    for number, step in enumerate(steps):
+        for name in {o.storage for o in (step.out, step.a, step.b) if o.storage}:
+            uses.setdefault(name, []).append(number)
+    renamed: dict[str, str] = {}
+    for step in steps:
+        own, other = step.out.storage, step.b.storage
+        if step.op not in IN_PLACE or not own or not other or own in renamed or own == other:
+            continue
+        later = [steps[number] for number in uses[other] if number >= uses[own][0]]
+        if sizes[own] == sizes[other] and all(_over_residual(s, own, other) for s in later):
+            renamed[own] = renamed.get(other, other)
+    return renamed
+
+
+IN_PLACE = ("conv", "winograd_out")  # they read a residual where they write, and before
+
+
+def _over_residual(step: Step, own: str, other: str) -> bool:
+    """Whether the step reads `other` only as a residual, where it writes `own`."""
+    x, y = step.out, step.b
+    same = (x.offset, x.sizes, x.strides) == (y.offset, y.sizes, y.strides)
+    return (x.storage, y.storage) == (own, other) and step.a.storage != other and step.op in IN_PLACE and same
 
 
 # Which buffer is placed first. Mostly the first order is best already.

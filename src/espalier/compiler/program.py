@@ -22,7 +22,24 @@ MAGIC = b"ESPALIER"
 STEP_OPS = {
     name: number
     for number, name in enumerate(
-        ("conv", "linear", "copy", "gather", "pool", "adaptive", "binary", "unary", "softmax", "fill", "depthwise"),
+        (
+            "conv",
+            "linear",
+            "copy",
+            "gather",
+            "pool",
+            "adaptive",
+            "binary",
+            "unary",
+            "softmax",
+            "fill",
+            "depthwise",
+            "winograd_in",
+            "winograd_out",
+            "norm",
+            "matmul",
+            "resize",
+        ),
         start=1,
     )
 }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espalier.compiler.transposed import side_by_side
 from espalier.graph import Graph, Node
 from espalier.graph.interpret import apply, assemble
 
@@ -34,6 +35,8 @@ def apply_fused(node: Node, inputs: Sequence[Tensor | None]) -> Any:
         assert x is not None and scale is not None and shift is not None
         shape = (1, -1, *[1] * (x.ndim - 2))
         result = x * scale.reshape(shape) + shift.reshape(shape)
+    elif node.op == "unphase":
+        result = side_by_side(inputs[0], **attrs)  # type: ignore[arg-type]
     elif node.op in ("conv", "linear") and len(inputs) == 4:
         result = apply(plain, inputs[:3]) + inputs[3]
     else:

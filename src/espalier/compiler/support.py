@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from espalier.compiler import emit_blocks, emit_depthwise, emit_ops
+from espalier.compiler import emit_depthwise, emit_ops, emit_resize, emit_tokens
 from espalier.compiler.emit import Emitter
-from espalier.graph.ir import Graph, Node, Value
+from espalier.compiler.samples import Samples, follows
+from espalier.compiler.transposed import transposed_as_conv
+from espalier.errors import CompileError
+from espalier.graph.ir import Graph, Node
+from espalier.graph.ops import OPS
 
 MAX_RANK = 4  # of one sample
 MAX_POOL_REACH = 2048  # ESP_POOL_REACH of native/src/program.h
@@ -30,7 +33,7 @@ class Lowering:
     fresh: bool = True
 
 
-def why_not(graph: Graph, node: Node, batch: int) -> str:
+def why_not(graph: Graph, node: Node, batch: int, samples: Samples) -> str:
     """Why the engine cannot run `node`; "" when it can. batch: size of dimension 0 in the captured graph."""
     row = LOWERINGS.get(node.op)
     if row is None:
@@ -40,19 +43,15 @@ def why_not(graph: Graph, node: Node, batch: int) -> str:
         value = graph.values[name]
         if value.dtype != torch.float32:
             return f"{name} is {value.dtype}, kernels are float32"
-        if not follows(graph, value, batch):
+        if not follows(graph, value, batch) and name not in samples.shapes:
             return f"{name} does not follow the batch"
-        if len(value.shape) - 1 > MAX_RANK:
+        if len(value.shape) - 1 > MAX_RANK and OPS[node.op].channels != "move":
             return f"{name} has {len(value.shape) - 1} dimensions beside the batch, kernels take {MAX_RANK}"
         if not all(value.shape):
             return f"{name} is empty"
+    if samples.strange(node) and node.name not in samples.fine:
+        return "the batch is not its first dimension"
     return row.check(graph, node)
-
-
-def follows(graph: Graph, value: Value, batch: int) -> bool:
-    """Whether dimension 0 of a value counts samples: neither a multiple of the batch nor some other size like it."""
-    free = any(graph.values[name].batched for name in graph.inputs)
-    return bool(value.shape) and value.shape[0] == batch and (value.batched or not free)
 
 
 def _rank(graph: Graph, node: Node) -> int:
@@ -61,7 +60,8 @@ def _rank(graph: Graph, node: Node) -> int:
 
 
 def _constants(graph: Graph, node: Node) -> str:
-    weights = node.inputs[1:3] if node.op in ("conv", "linear") else node.inputs[1:]  # input 3 is a fused residual
+    # input 3 of a conv or linear is a fused residual
+    weights = node.inputs[1:3] if node.op in ("conv", "linear") else node.inputs[1:]
     missing = [n for n in weights if n is not None and n not in graph.tensors]
     if missing:
         return f"{missing[0]} is computed, not a weight"
@@ -82,8 +82,6 @@ def _linear(graph: Graph, node: Node) -> str:
     shape = graph.values[str(node.inputs[0])].shape
     if node.inputs[0] in graph.tensors or len(shape) < 2:
         return "its input is a constant"
-    if math.prod(shape[1:-2]) > 64:
-        return "too many leading dimensions"
     return _constants(graph, node)
 
 
@@ -150,25 +148,86 @@ def _pad(graph: Graph, node: Node) -> str:
     return "" if min(amounts, default=0) >= 0 and len(amounts) <= 2 * _rank(graph, node) else "negative padding"
 
 
+def _layer_norm(graph: Graph, node: Node) -> str:
+    if node.inputs[0] in graph.tensors or len(node.attrs["shape"]) != 1 or _rank(graph, node) < 1:
+        return "a norm over these dimensions"
+    return _constants(graph, node)
+
+
+def _matmul(graph: Graph, node: Node) -> str:
+    shapes = [graph.values[str(name)].shape for name in node.inputs[:2]]
+    if any(name in graph.tensors for name in node.inputs[:2]):
+        return "a constant factor"
+    same = len(shapes[0]) == len(shapes[1]) and shapes[0][:-2] == shapes[1][:-2]
+    return "" if same and 3 <= len(shapes[0]) <= 5 else "factors of different rank, or spread over one another"
+
+
+def _attention(graph: Graph, node: Node) -> str:
+    shapes = [graph.values[str(name)].shape for name in node.inputs[:3]]
+    if any(name in graph.tensors for name in node.inputs[:3]):
+        return "a constant factor"
+    if len({shape[:-2] for shape in shapes}) != 1 or not 3 <= len(shapes[0]) <= 5:
+        return "queries, keys and values of different rank"
+    mask = node.inputs[3]
+    if mask is not None and mask in graph.tensors:
+        value = graph.values[mask]
+        if (len(value.shape) > 2 and value.shape[0] != 1) or len(value.shape) > len(shapes[0]):
+            return "a mask that differs from sample to sample"
+    elif mask is not None and len(graph.values[mask].shape) != len(shapes[0]):
+        return "a mask of another rank"
+    return ""
+
+
+def _expand_batch(graph: Graph, node: Node) -> str:
+    if node.inputs[0] not in graph.tensors or not graph.tensors[str(node.inputs[0])].is_floating_point():
+        return "what it repeats is computed"
+    return ""
+
+
+def _resize(graph: Graph, node: Node) -> str:
+    return "" if _rank(graph, node) in (2, 3) else "up-sampling in three dimensions"
+
+
+def _transposed(graph: Graph, node: Node) -> str:
+    return transposed_as_conv(graph, node) or _constants(graph, node)
+
+
+def _shuffle(graph: Graph, node: Node) -> str:
+    return _planar(graph, node) or ("" if _rank(graph, node) == 3 else "planes without channels")
+
+
 def _move(graph: Graph, node: Node) -> str:
     if node.inputs[0] in graph.tensors:
         return "its input is a constant"
     return ""
 
 
+def _rewritten(e: Emitter, node: Node) -> None:
+    raise CompileError(f"{node.op} should have been rewritten by fuse")
+
+
 def _table() -> dict[str, Lowering]:
-    ops, blocks = emit_ops, emit_blocks
+    ops, tokens, resize = emit_ops, emit_tokens, emit_resize
     table = {
         "conv": Lowering(emit_depthwise.conv, _conv),
-        "linear": Lowering(blocks.linear, _linear),
+        "linear": Lowering(tokens.linear, _linear),
         "affine": Lowering(ops.affine, _constants),
         "batch_norm": Lowering(ops.batch_norm, _constants),
         "max_pool": Lowering(ops.pool, _pool),
         "avg_pool": Lowering(ops.pool, _pool),
         "adaptive_avg_pool": Lowering(ops.adaptive, _adaptive),
         "mean": Lowering(ops.mean, _mean),
-        "softmax": Lowering(ops.softmax, _softmax),
-        "log_softmax": Lowering(ops.softmax, _softmax),
+        "softmax": Lowering(tokens.softmax, _softmax),
+        "log_softmax": Lowering(tokens.softmax, _softmax),
+        "layer_norm": Lowering(tokens.layer_norm, _layer_norm),
+        "matmul": Lowering(tokens.matmul, _matmul),
+        "attention": Lowering(tokens.attention, _attention),
+        "expand_batch": Lowering(tokens.expand_batch, _expand_batch, fresh=False),
+        "upsample_nearest": Lowering(resize.resize, _resize),
+        "upsample_bilinear": Lowering(resize.resize, _resize),
+        "conv_transpose": Lowering(_rewritten, _transposed),
+        "pixel_shuffle": Lowering(_rewritten, _shuffle),
+        "unphase": Lowering(resize.unphase, _planar),
         "concat": Lowering(ops.concat, _concat),
         "pad": Lowering(ops.pad, _pad),
     }

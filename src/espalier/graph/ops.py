@@ -1,7 +1,8 @@
 """OPS: one row per op that Espalier understands, with its channel signature and its reference (the oracle).
 
-The rows stand in `ops_compute` (convs, norms, mixtures), `ops_pointwise` (activations, arithmetic), `ops_pool` and
-`ops_move` (data movement). To add an op, add a row there: capture, shapes, couplings and the oracle follow.
+The rows stand in `ops_compute` (convs, norms, mixtures), `ops_pointwise` (activations, arithmetic), `ops_pool`,
+`ops_move` (data movement) and `ops_tokens` (attention, transposed convs). To add an op, add a row there: capture,
+shapes, couplings and the oracle follow.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from espalier.graph.ops_compute import COMPUTE
 from espalier.graph.ops_move import MOVES
 from espalier.graph.ops_pointwise import POINTWISE
 from espalier.graph.ops_pool import POOLS
+from espalier.graph.ops_tokens import TOKENS
 
 OPS: dict[str, Op] = {}
 TARGETS: dict[str, tuple[Op, Parse]] = {}
@@ -27,5 +29,5 @@ def add_op(op: Op) -> None:
     TARGETS.update({target: (op, parse) for target, parse in op.parse.items()})
 
 
-for _row in (*COMPUTE, *POINTWISE, *POOLS, *MOVES):
+for _row in (*COMPUTE, *POINTWISE, *POOLS, *MOVES, *TOKENS):
     add_op(_row)

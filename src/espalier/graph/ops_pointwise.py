@@ -60,7 +60,7 @@ def _itself(a: Mapping[str, Any]) -> Parsed:
 
 def _parse_dropout(a: Mapping[str, Any]) -> Parsed:
     only(not a["train"], "dropout that drops in eval mode too")
-    return [a["input"]], {"p": a["p"]}
+    return [a["input"] if "input" in a else a["self"]], {"p": a["p"]}  # its in-place twin says self
 
 
 def _whole_channels(x: Tensor, training: bool, p: float) -> Tensor:

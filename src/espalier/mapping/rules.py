@@ -1,114 +1,220 @@
-"""Mapping by rule: a plan for a whole network from one density, without training or measuring."""
+"""Mapping by rule: regularity and block size for every layer from the latency table, densities under a target.
+
+The decision list, in order; what it decided stands with every layer in the plan, and `explain` says it:
+
+1. `SPARING`: a depthwise conv stays dense, always. A layer that no scheme makes faster stays dense. The layer that
+   makes the network's output, those that read its input, and tiny ones stay dense while the target can do without.
+2. Regularity by type of layer: 3 x 3 and other windows: patterns or punched blocks; 1 x 1 and linear: block columns
+   or punched blocks (`candidates.ladder`).
+3. Block size: the *smallest* whose latency at the wanted density is within `beta` of coarse structured pruning (whole
+   rows or columns), since small blocks keep accuracy.
+4. Density: a global allocation under the target (`allocate`), by what each layer loses for each millisecond.
+
+Source: arXiv 2111.11581 (rule-based mapping). Sparing, `beta`'s default and the allocation are our reading.
+"""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from espalier.errors import PlanError, SchemeError
-from espalier.graph.ir import Graph, Site
-from espalier.sparsity import CATALOG, Entry, Plan, Scheme, scheme, unfit
+import numpy as np
 
-SMALL_SHARE = 0.01  # a layer with less of the network's weights is spared: it gains little and hurts much
+from espalier.errors import UnknownNameError
+from espalier.mapping.allocate import Options, Unreachable, allocate
+from espalier.mapping.candidates import Candidate, find
+from espalier.mapping.damage import Damage
+from espalier.mapping.latency import LatencyModel
+from espalier.mapping.layers import Layer
+from espalier.mapping.targets import site_bytes
+from espalier.sparsity import Entry, Plan
+
+BETA = 0.2
+FLOOR = 0.05  # the lowest density given to a layer; a spared one that had to be released keeps RELEASED
+RELEASED = 0.25
+TINY = 0.01  # of the network's latency, and of its weights
+DENSITIES = tuple(float(d) for d in np.geomspace(1.0, FLOOR, 40)[1:])
+KINDS = ("latency_ms", "size_mb", "macs")
 
 
-def uniform(graph: Graph, density: float, name: str = "filter+column", **options: Any) -> Plan:
-    """One scheme everywhere such that the network keeps `density` of its conv and linear weights.
+@dataclass(frozen=True)
+class Spare:
+    """A reason to leave a layer dense. release: the round in which it is given up when the target is not reached."""
 
-    Spared: depthwise convs, layers that cannot take the scheme (both stay dense), layers that read the network's input
-    and layers with under 1 % of the weights (both keep the square root of `density`). The layer that makes the
-    network's output never loses filters: they are the answers; its filter rules become column rules. The remaining
-    layers get the one density that makes the total come out.
+    name: str
+    says: str
+    applies: Callable[[Layer, LatencyModel], bool]
+    release: int | None
 
-    Raises PlanError when the spared layers alone hold more than `density` allows, naming what is reachable.
+
+def _tiny(layer: Layer, model: LatencyModel) -> bool:
+    weights = sum(each.site.weights for each in model.layers.values())
+    small = layer.site.weights < TINY * weights
+    return small and model.dense[layer.site.name] < TINY * model.dense_ms
+
+
+def _slow(layer: Layer, model: LatencyModel) -> bool:
+    name = layer.site.name
+    return all(model.layer_ms(name, c, FLOOR) >= model.dense[name] for c in model.candidates(name))
+
+
+SPARING = (
+    Spare("depthwise", "depthwise convs stay dense: they have little to prune", lambda l, _: l.site.depthwise, None),
+    Spare("no gain", "no scheme makes it faster than dense", _slow, None),
+    Spare("last", "the network's answers are sensitive", lambda l, _: l.answers, 2),
+    Spare("first", "what reads the network's input is sensitive", lambda l, _: l.reads_input, 2),
+    Spare("tiny", f"under {TINY:.0%} of the latency and of the weights", _tiny, 1),
+)
+ROUNDS = range(3)  # of releasing
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the rule made of one site. candidate is None for dense; why: in words."""
+
+    candidate: Candidate | None
+    density: float
+    why: str
+
+
+class Rule:
+    """The decision list for one network.
+
+    >>> rule = Rule(model, Damage(graph.tensors, model.layers))
+    >>> plan = plan_of(rule.choose({"latency_ms": 5.0}))
     """
-    if not 0 < density <= 1:
-        raise SchemeError(f"density must lie above 0 and at most 1, got {density}")
-    sites = graph.sites()
-    if not sites:
-        raise PlanError("the network has no conv or linear weight that a scheme could shape")
-    trial = scheme(name, **options) if _fixed(name) else scheme(name, min(density, _own(name, options)), **options)
-    answers = _answers(graph)
-    names = {site: _without_filters(name) if site in answers else name for site in sites}
-    dense = {s for s, site in sites.items() if site.depthwise or unfit(trial, site)}
-    total = sum(site.weights for site in sites.values())
-    gentle = {
-        s
-        for s, site in sites.items()
-        if s not in dense and (site.weights < SMALL_SHARE * total or _reads_input(graph, s))
-    }
-    if _fixed(name):
-        chosen: dict[str, Scheme | None] = {s: None if s in dense else trial for s in sites}
+
+    def __init__(self, model: LatencyModel, damage: Damage, *, beta: float = BETA, others: int = 0) -> None:
+        """others: parameters of the network that no site holds, for its size."""
+        self.model, self.damage, self.beta, self.others = model, damage, beta, others
+
+    def spared(self, round: int = 0) -> dict[str, Spare]:
+        """site -> why it stays dense, in a round of releasing (0: the first)."""
+        found: dict[str, Spare] = {}
+        for name, layer in self.model.layers.items():
+            for spare in SPARING:
+                if spare.applies(layer, self.model) and (spare.release is None or spare.release > round):
+                    found.setdefault(name, spare)
+        return found
+
+    def block(self, site: str, density: float) -> Candidate:
+        """Rule 3: the smallest block within `beta` of the fastest coarse scheme at this density."""
+        fitting = [find(c) for c in self.model.candidates(site)]
+        possible = [c for c in fitting if density <= c.ceiling + 1e-9]
+        coarse = min(self._ms(site, c, density) for c in possible if c.coarse)
+        return next(c for c in possible if self._ms(site, c, density) <= (1 + self.beta) * coarse)
+
+    def costs(self, site: str, candidate: Candidate | None, density: float) -> list[float]:
+        """Of one site in an option, in the order of KINDS."""
+        where = self.model.layers[site].site
+        ms = self.model.layer_ms(site, candidate.label if candidate else None, density)
+        size = site_bytes(where, candidate.at(density) if candidate else None, density) / 1e6
+        return [ms, size, density * where.macs]
+
+    @property
+    def fixed(self) -> np.ndarray:
+        """Costs that no plan changes."""
+        return np.array([self.model.fixed_ms, 4 * self.others / 1e6, 0.0])
+
+    def total(self, choices: Mapping[str, Choice]) -> np.ndarray:
+        """The network's costs in some choices, in the order of KINDS."""
+        return self.fixed + np.sum([self.costs(s, c.candidate, c.density) for s, c in choices.items()], axis=0)
+
+    def least(self) -> np.ndarray:
+        """The lowest that each cost can be had, everything released."""
+        options = self._options(len(ROUNDS) - 1)
+        return self.fixed + np.sum([each.costs.min(0) for _, each in options.values()], axis=0)
+
+    def choose(self, limits: Mapping[str, float]) -> dict[str, Choice]:
+        """A choice for every site, such that the limits (by name of KINDS) hold. Raises Unreachable."""
+        at = [KINDS.index(kind) for kind in limits]
+        bounds = np.array([limits[KINDS[k]] for k in at])
+        for round in ROUNDS:
+            options = self._options(round)
+            table = {s: Options(each.costs[:, at], each.damage) for s, (_, each) in options.items()}
+            try:
+                picked = allocate(table, [KINDS[k] for k in at], self.fixed[at], bounds)
+            except Unreachable:
+                if round == ROUNDS[-1]:
+                    raise
+                continue
+            spared, before = self.spared(round), self.spared(0)
+            return {
+                site: self._choice(site, *options[site][0][index], spared.get(site), before.get(site))
+                for site, index in picked.items()
+            }
+        raise AssertionError("the last round raises or returns")
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _ms(self, site: str, candidate: Candidate, density: float) -> float:
+        return self.model.layer_ms(site, candidate.label, density)
+
+    def _options(self, round: int) -> dict[str, tuple[list[tuple[Candidate | None, float]], Options]]:
+        """What every site may become, dense first."""
+        spared, released = self.spared(round), self.spared(0)
+        table = {}
+        for site in self.model.layers:
+            options: list[tuple[Candidate | None, float]] = [(None, 1.0)]
+            if site not in spared:
+                floor = RELEASED if site in released else FLOOR
+                options += [(self.block(site, d), d) for d in DENSITIES if d >= floor - 1e-9]
+            costs = np.array([self.costs(site, *option) for option in options])
+            damage = np.array([self.damage(site, *option) for option in options])
+            table[site] = options, Options(costs, damage)
+        return table
+
+    def _choice(
+        self, site: str, candidate: Candidate | None, density: float, spared: Spare | None, before: Spare | None
+    ) -> Choice:
+        if spared is not None:
+            return Choice(None, 1.0, f"{spared.name}: {spared.says}")
+        dense = self.model.dense[site]
+        if candidate is None:
+            return Choice(None, 1.0, f"density: its {dense:.4g} ms were not worth what pruning it would lose")
+        coarse = [find(c) for c in self.model.candidates(site) if find(c).coarse]
+        best = min(coarse, key=lambda c: self._ms(site, c, density))
+        kind = "1 x 1 or linear" if self.model.layers[site].pointwise else "window"
+        ours, theirs = self._ms(site, candidate, density), self._ms(site, best, density)
+        why = (
+            f"{kind}: {candidate.label} is the smallest block within {self.beta:.0%} of {best.label} at density "
+            f"{density:.3g} ({ours:.4g} against {theirs:.4g} ms; dense {dense:.4g}); density by allocation, "
+            f"relative error {self.damage.error(site, candidate, density):.3g}"
+        )
+        if before is not None:
+            why += f"; spared at first ({before.name}), then released"
+        return Choice(candidate, density, why)
+
+
+def plan_of(choices: Mapping[str, Choice]) -> Plan:
+    """The plan of some choices, with the reasons."""
+    made = [Entry(site, c.candidate.at(c.density) if c.candidate else None, why=c.why) for site, c in choices.items()]
+    return Plan(tuple(made))
+
+
+def explain(plan: Plan, site: str) -> str:
+    """Why a site (or its module) has its scheme: what the decision list said, which also stands in the plan's file.
+
+    Raises UnknownNameError for a site that no entry names.
+
+    >>> print(es.explain(plan, "layer1.0.conv1"))  # doctest: +ELLIPSIS
+    layer1.0.conv1.weight: block_punched m=4 n=1, density 0.21. window: ... is the smallest block within 20% of ...
+    """
+    entry = next((e for e in reversed(plan.entries) if e.matches(site) or e.matches(f"{site}.weight")), None)
+    if entry is None:
+        raise UnknownNameError("site of the plan", site, [e.match for e in plan.entries])
+    if entry.scheme is None:
+        what = "dense"
     else:
-        shared = _solve(sites, dense, gentle, density)
-        if shared < density / 2:  # sparing the small layers would starve the others: spare none
-            gentle, shared = set(), _solve(sites, dense, set(), density)
-        if shared <= 0:
-            least = sum(sites[s].weights for s in dense) / total
-            raise PlanError(
-                f"density {density:.4g} cannot be reached with {name}: the layers that cannot take it hold {least:.4g} "
-                f"of all weights. Ask for more than {least:.4g}, or give a plan that names every layer"
-            )
-        chosen = {
-            s: None if s in dense else _at(names[s], math.sqrt(density) if s in gentle else shared, options)
-            for s in sites
-        }
-    return Plan(tuple(Entry(site, made) for site, made in chosen.items()))
+        options = "".join(f" {key}={value}" for key, value in entry.scheme.options.items())
+        what = f"{entry.scheme.name}{options}, density {entry.scheme.density:.3g}"
+    return f"{entry.match}: {what}. {entry.why or 'The plan gives no reason: it was made by hand or by one scheme'}"
 
 
-def _at(name: str, density: float, options: dict[str, Any]) -> Scheme:
-    rows = name.split("+")
-    known = {o for row in rows for o in CATALOG[row].options} | {
-        f"{row}.{o}" for row in rows for o in CATALOG[row].options
-    }
-    return scheme(name, min(density, _own(name, options)), **{k: v for k, v in options.items() if k in known})
-
-
-def _solve(sites: dict[str, Site], dense: set[str], gentle: set[str], density: float) -> float:
-    """The density of the other layers that makes the whole network keep `density`; not above 0 where none can."""
-    total = sum(site.weights for site in sites.values())
-    spent = sum(sites[s].weights for s in dense) + math.sqrt(density) * sum(sites[s].weights for s in gentle)
-    rest = total - sum(sites[s].weights for s in dense | gentle)
-    return min(1.0, (density * total - spent) / rest) if rest else (density if dense else 0.0)
-
-
-def _fixed(name: str) -> bool:
-    return all(part in CATALOG and CATALOG[part].own is not None for part in name.split("+"))
-
-
-def _own(name: str, options: dict[str, Any]) -> float:
-    """The largest density that the scheme's parts leave possible."""
-    own = 1.0
-    for part in name.split("+"):
-        if part in CATALOG and (fixed := CATALOG[part].own) is not None:
-            own *= fixed({**CATALOG[part].options, **options})
-    return own
-
-
-def _without_filters(name: str) -> str:
-    parts = [part for part in name.split("+") if part != "filter"]
-    return "+".join(parts) or "column"
-
-
-def _answers(graph: Graph) -> set[str]:
-    """The sites whose output reaches the network's output without passing another site."""
-    producer, reached, queue = graph.producer(), set(), list(graph.outputs)
-    answers: set[str] = set()
-    sites = graph.sites()
-    while queue:
-        name = queue.pop()
-        if name in reached or name not in producer:
-            continue
-        reached.add(name)
-        node = producer[name]
-        weight = node.inputs[1] if node.op in ("conv", "linear") else None
-        if weight in sites:
-            answers.add(weight)
-        else:
-            queue += [value for value in node.inputs if value is not None]
-    return answers
-
-
-def _reads_input(graph: Graph, site: str) -> bool:
-    """Is the site's layer fed by the network's input (through nothing but movement)?"""
-    return any(node.inputs[0] in graph.inputs for node in graph.nodes if site in node.inputs)
+def told(choices: Sequence[Choice]) -> str:
+    """How many layers got what, in a line."""
+    counts: dict[str, int] = {}
+    for choice in choices:
+        label = choice.candidate.label if choice.candidate else "dense"
+        counts[label] = counts.get(label, 0) + 1
+    return ", ".join(f"{count} x {label}" for label, count in counts.items())

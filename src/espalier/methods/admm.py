@@ -11,8 +11,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from espalier.methods.base import Method, Progress, State, Target
+from espalier.methods.base import Method, Progress, State, draw
 from espalier.methods.ramps import staircase
+from espalier.methods.targets import Target, judged
 
 
 @final
@@ -22,7 +23,6 @@ class ADMM(Method):
 
     stages: rho climbs from `rho_start` to `rho_end` in so many equal factors, one after the other; Z and U start afresh
         in each. The defaults, 1e-4 to 1e-1 times 10 in four stages, are those of the group's public code.
-    updates: how many times Z and U are updated in a run; the papers do it every few epochs.
     """
 
     rho_start: float = 1e-4
@@ -33,19 +33,15 @@ class ADMM(Method):
     def begin(self, targets: list[Target], progress: Progress) -> State:
         progress.share("admm")  # fails early when the length is unknown
         state: State = {}
-        for target in targets:
-            self._restart(target, state)
+        self._update(targets, state, restart=True)
         return state
 
     def penalty(self, targets: list[Target], state: State, progress: Progress) -> Tensor | None:
-        """``sum_l sum_r rho/2 ||W_l - Z_lr + U_lr||^2``."""
-        rho = self._rho(progress)
-        terms = []
-        for target in targets:
-            for r in range(len(target.scheme.rules)):
-                pull = state[f"{target.site}/z{r}"] - state[f"{target.site}/u{r}"]
-                terms.append((target.weight.float() - pull).square().sum())
-        return 0.5 * rho * torch.stack(terms).sum() if terms else None
+        """``sum_l sum_r rho/2 ||W_l - Z_lr + U_lr||^2``; the state holds Z - U and U."""
+        lanes = [lane for target in targets for lane in target.lanes()]
+        return draw(
+            [lane.target.weight for lane in lanes], [state[lane.key("pull")] for lane in lanes], self._rho(progress)
+        )
 
     def step(self, targets: list[Target], state: State, progress: Progress) -> None:
         assert progress.steps is not None
@@ -53,23 +49,22 @@ class ADMM(Method):
         if progress.step % every:
             return
         before = Progress(progress.step - every, progress.steps)
-        restart = self._rho(before) != self._rho(progress)
-        for target in targets:
-            if restart:
-                self._restart(target, state)
-                continue
-            w = target.weight.detach().float()
-            for r, rule in enumerate(target.scheme.rules):
-                u = state[f"{target.site}/u{r}"]
-                z = rule.project(w + u, target.conv_groups)
-                state[f"{target.site}/z{r}"] = z
-                state[f"{target.site}/u{r}"] = u + w - z
+        self._update(targets, state, restart=self._rho(before) != self._rho(progress))
 
-    def _restart(self, target: Target, state: State) -> None:
-        w = target.weight.detach().float()
-        for r, rule in enumerate(target.scheme.rules):
-            state[f"{target.site}/z{r}"] = rule.project(w, target.conv_groups)
-            state[f"{target.site}/u{r}"] = torch.zeros_like(w)
+    def _update(self, targets: list[Target], state: State, restart: bool) -> None:
+        """``Z <- proj(W + U), U <- U + W - Z``, or from U = 0 anew."""
+        for r in range(max((len(t.scheme.rules) for t in targets), default=0)):
+            lanes = [target.lanes()[r] for target in targets if r < len(target.scheme.rules)]
+            sums = {}
+            for lane in lanes:
+                w = lane.target.weight.detach().float()
+                sums[lane.target.site] = w.clone() if restart else w + state[lane.key("u")]
+            by = judged([lane.target for lane in lanes], sums, r)
+            for lane in lanes:
+                site = lane.target.site
+                z = lane.rule.project(sums[site], lane.target.conv_groups, None if by[site] is sums[site] else by[site])
+                u = torch.zeros_like(z) if restart else sums[site] - z
+                state[lane.key("u")], state[lane.key("pull")] = u, z - u
 
     def _rho(self, progress: Progress) -> float:
         return staircase(self.rho_start, self.rho_end, self.stages, progress.share("admm"))

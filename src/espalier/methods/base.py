@@ -9,27 +9,18 @@ run.finish()                     the weights lie in the plan; training may go on
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from espalier.errors import MethodError
 from espalier.graph import Graph, bury
-from espalier.sparsity import Frozen, Scheme
+from espalier.methods.targets import Target, freeze, targets
+from espalier.sparsity import Frozen, Scheme, ceiling
 from espalier.sparsity.scheme import Tie
-
-
-@dataclass(frozen=True)
-class Target:
-    """A weight on its way into a scheme."""
-
-    site: str
-    weight: nn.Parameter
-    scheme: Scheme
-    conv_groups: int
 
 
 @dataclass(frozen=True)
@@ -64,23 +55,64 @@ class Method(ABC):
     def step(self, targets: list[Target], state: State, progress: Progress) -> None:
         """After an optimizer step; `progress.step` counts it already."""
 
-    def land(self, target: Target, state: State) -> Frozen:
-        """The support that the weight is to have: what the scheme chooses for the weight as it is now."""
-        return target.scheme.freeze(target.weight.detach(), target.conv_groups)
+    def land(self, targets: list[Target], state: State) -> dict[str, Frozen]:
+        """The support that every weight is to have: what the schemes choose for the weights as they are now."""
+        return freeze(targets)
+
+
+@dataclass(frozen=True)
+class Density:
+    """What was asked of a site and what it came to; `requested` is None where the method was to find it."""
+
+    site: str
+    weights: int
+    requested: float | None
+    achieved: float
+
+
+def pull(weights: Sequence[Tensor], gradients: Sequence[Tensor], value: Tensor) -> Tensor:
+    """A scalar `value` whose gradient with respect to `weights` is `gradients`.
+
+    For penalties whose gradient is known: it costs no more than making the gradients, and adding them up.
+
+    >>> w = torch.ones(3, requires_grad=True)
+    >>> pull([w], [w.detach()], 0.5 * w.detach().square().sum()).backward()
+    >>> w.grad
+    tensor([1., 1., 1.])
+    """
+    return _Pull.apply(value, len(weights), *weights, *gradients)
+
+
+def draw(weights: Sequence[Tensor], points: Sequence[Tensor], strength: float) -> Tensor | None:
+    """``strength/2 sum_k ||weights_k - points_k||^2``; None where there are none."""
+    if not weights:
+        return None
+    with torch.no_grad():
+        wide = [w.detach().float() for w in weights]
+        apart = torch._foreach_sub(wide, list(points))
+        value = 0.5 * strength * torch.stack(torch._foreach_norm(apart)).square().sum()
+        torch._foreach_mul_(apart, strength)
+    return pull(weights, apart, value)
+
+
+class _Pull(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[count:])
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> Any:
+        made = ctx.saved_tensors
+        return None, None, *torch._foreach_mul(made, outer[0]), *[None] * len(made)
 
 
 class Run:
     """A method at work on a network. Made by `start`."""
 
     def __init__(self, graph: Graph, schemes: Mapping[str, Scheme], method: Method, steps: int | None) -> None:
-        sites = graph.sites()
         self.graph, self.method = graph, method
-        self.targets: list[Target] = []
-        for site, scheme in schemes.items():
-            weight = graph.tensors[site]
-            if not isinstance(weight, nn.Parameter):
-                raise MethodError(f"{site} is a buffer, not a parameter: leave it out of the plan")
-            self.targets.append(Target(site, weight, scheme, sites[site].conv_groups))
+        self.targets: list[Target] = targets(graph, schemes)
         self._progress = Progress(0, steps)
         self._state = method.begin(self.targets, self._progress)
         self._frozen: dict[str, Frozen] = {}
@@ -103,6 +135,24 @@ class Run:
             return torch.zeros((), device=device)
         return made
 
+    def add_penalty_gradients(self) -> float:
+        """Add the penalty's gradient to the weights' `.grad`, and return the penalty's value.
+
+        For loops in which nothing can be added to the loss (a Hugging Face Trainer): call it after backward, before
+        the optimizer's step, instead of adding `penalty()`. With a scaler, unscale the gradients first.
+
+        >>> loss.backward(); run.add_penalty_gradients(); optimizer.step(); run.step()  # doctest: +SKIP
+        """
+        with torch.enable_grad():
+            value = self.penalty()
+        weights = [target.weight for target in self.targets if target.weight.requires_grad]
+        if value.requires_grad:
+            for weight, made in zip(weights, torch.autograd.grad(value, weights, allow_unused=True)):
+                if made is not None:
+                    made = made.to(weight.dtype)
+                    weight.grad = made.clone() if weight.grad is None else weight.grad.add_(made)
+        return float(value.detach())
+
     def step(self) -> None:
         """Call it after every optimizer step: it drives the method, and keeps a finished run in its plan."""
         with torch.no_grad():
@@ -111,6 +161,31 @@ class Run:
                 return
             self._progress = Progress(self._progress.step + 1, self._progress.steps)
             self.method.step(self.targets, self._on_device(), self._progress)
+
+    def hold(self, copy: nn.Module) -> None:
+        """Bring a copy of the network (an EMA, a deep copy, a twin for quantisation) into this finished run's support.
+
+        copy: a module whose parameters and buffers have the names that they have in the network; others are left
+        alone. An average of weights from before `finish` needs it; a copy made afterwards only if it is trained.
+        Raises MethodError before `finish`, and for a copy that lacks a weight of the plan.
+
+        >>> run.hold(averaged.module)  # doctest: +SKIP
+        """
+        if not self.finished:
+            raise MethodError("finish() the run before holding a copy to its support")
+        named = [*copy.named_parameters(remove_duplicate=False), *copy.named_buffers()]
+        tensors = {_plain(name): tensor for name, tensor in named}
+        if missing := [site for site in self._frozen if _plain(site) not in tensors]:
+            raise MethodError(
+                f"the copy has no {', '.join(missing)}: pass the module itself, such as ema.module for an AveragedModel"
+            )
+        with torch.no_grad():
+            for site, frozen in self._frozen.items():
+                weight = tensors[_plain(site)]
+                weight.copy_(_moved(frozen, weight.device).apply(weight))
+            for name, keep in self._buried.items():
+                if (tensor := tensors.get(_plain(name))) is not None:
+                    tensor.masked_fill_(~keep.to(tensor.device), 0)
 
     def finish(self) -> None:
         """Bring the weights exactly into the plan and freeze their support.
@@ -121,7 +196,7 @@ class Run:
         if self.finished:
             return
         with torch.no_grad():
-            self._frozen = {t.site: self.method.land(t, self._on_device()) for t in self.targets}
+            self._frozen = self.method.land(self.targets, self._on_device())
             self._state = {}
             self._settle()
 
@@ -138,6 +213,15 @@ class Run:
         """The share of all conv and linear weights of the network that is not zero now."""
         weights = [self.graph.tensors[site].detach() for site in self.graph.sites()]
         return sum(int(w.count_nonzero()) for w in weights) / max(1, sum(w.numel() for w in weights))
+
+    def densities(self) -> list[Density]:
+        """Requested and achieved, site by site, as the weights are now."""
+        rows = []
+        for t in self.targets:
+            found = any(lane.open for lane in t.lanes()) and t.scheme.density >= ceiling(t.scheme)
+            kept = int(t.weight.count_nonzero()) / t.weight.numel()
+            rows.append(Density(t.site, t.weight.numel(), None if found else t.scheme.density, kept))
+        return rows
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on bit for bit: tensors and plain values only."""
@@ -201,6 +285,11 @@ class Run:
         for name, keep in self._buried.items():
             tensor = self.graph.tensors[name]
             tensor.masked_fill_(~keep.to(tensor.device), 0)
+
+
+def _plain(name: str) -> str:
+    """A name as it was before `torch.compile` wrapped the module."""
+    return name.replace("_orig_mod.", "")
 
 
 def _moved(frozen: Frozen, device: torch.device) -> Frozen:

@@ -12,9 +12,20 @@ from espalier.graph import ExampleInputs, capture
 from espalier.methods.admm import ADMM
 from espalier.methods.base import Method, Run
 from espalier.methods.magnitude import Magnitude
+from espalier.methods.primal_proximal import PrimalProximal
+from espalier.methods.reweighted import Reweighted
+from espalier.methods.selective_decay import SelectiveDecay
+from espalier.methods.structure_parameters import StructureParameters
 from espalier.sparsity import Plan, Scheme
 
-METHODS: dict[str, type[Method]] = {"admm": ADMM, "magnitude": Magnitude}
+METHODS: dict[str, type[Method]] = {
+    "admm": ADMM,
+    "magnitude": Magnitude,
+    "primal_proximal": PrimalProximal,
+    "reweighted": Reweighted,
+    "selective_decay": SelectiveDecay,
+    "structure_parameters": StructureParameters,
+}
 
 
 def get(name: str, **options: Any) -> Method:

@@ -39,11 +39,13 @@ class Entry:
     """One line of a plan: the sites that `match` names get `scheme` (None: they stay dense).
 
     unfit: "error" or "dense": what happens at a matching site that cannot take the scheme.
+    why: the reason, in words, of whoever made the plan; it is kept in the file and changes nothing.
     """
 
     match: str
     scheme: Scheme | None
     unfit: str = "error"
+    why: str = ""
 
     def matches(self, site: str) -> bool:
         """Does `match` name this site, or its module (the site without ``.weight``)?"""
@@ -112,6 +114,8 @@ class Plan:
                 fields |= {"scheme": entry.scheme.name, "density": entry.scheme.density, **entry.scheme.options}
             if entry.unfit != "error":
                 fields["unfit"] = entry.unfit
+            if entry.why:
+                fields["why"] = entry.why
             lines = [f"{_key(key)} = {_literal(value)}" for key, value in fields.items()]
             blocks.append("\n".join(["[[site]]", *lines]))
         return "\n\n".join(blocks) + "\n"
@@ -149,15 +153,15 @@ def _entry(fields: dict[str, Any], where: str) -> Entry:
     match, name = fields.pop("match", None), fields.pop("scheme", None)
     if not isinstance(match, str) or not isinstance(name, str):
         raise PlanError(f'{where}: needs match = "..." and scheme = "..."')
-    on_unfit = fields.pop("unfit", "error")
+    on_unfit, why = fields.pop("unfit", "error"), str(fields.pop("why", ""))
     if on_unfit not in ("error", DENSE):
         raise PlanError(f'{where}: unfit must be "error" or "dense", got {on_unfit!r}')
     if name == DENSE:
         if fields:
             raise PlanError(f"{where}: a dense site takes no {', '.join(fields)}")
-        return Entry(match, None, on_unfit)
+        return Entry(match, None, on_unfit, why)
     try:
-        return Entry(match, scheme(name, **fields), on_unfit)
+        return Entry(match, scheme(name, **fields), on_unfit, why)
     except (EspalierError, TypeError, ValueError) as error:
         raise PlanError(f"{where} ({match}): {error}") from None
 

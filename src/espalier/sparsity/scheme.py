@@ -8,7 +8,7 @@ rules in order.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,9 +48,14 @@ class Rule:
             loss, sizes = loss.masked_fill(~alive, -1.0), sizes * alive
         return ~_highest(loss, sizes, self.free)
 
-    def project(self, w: Tensor, conv_groups: int = 1) -> Tensor:
-        """``argmin ||p - w||`` over the weights p that the rule allows; shape and dtype of `w`."""
-        return self.snap.apply(w.detach(), self.structure, conv_groups, self.chosen(w, conv_groups))
+    def project(self, w: Tensor, conv_groups: int = 1, by: Tensor | None = None) -> Tensor:
+        """``argmin ||p - w||`` over the weights p that the rule allows; shape and dtype of `w`.
+
+        by: scores of the shape of `w` that decide in its place which groups are pruned (ties are for weights only).
+        """
+        if by is None or self.snap.ties:
+            return self.snap.apply(w.detach(), self.structure, conv_groups, self.chosen(w, conv_groups))
+        return w.detach().masked_fill(~self.mask(by, conv_groups), 0)
 
     def mask(self, w: Tensor, conv_groups: int = 1) -> Tensor:
         """Boolean, shape of `w`: the entries that stay alive in the projection."""
@@ -131,27 +136,36 @@ class Scheme:
         """The matrix ``[groups, size]`` of `w` for every rule."""
         return tuple(rule.groups(w, conv_groups) for rule in self.rules)
 
-    def freeze(self, w: Tensor, conv_groups: int = 1) -> Frozen:
-        """The support and ties that this scheme chooses for `w`, from now on fixed."""
+    def freeze(self, w: Tensor, conv_groups: int = 1, by: Sequence[Tensor | None] | None = None) -> Frozen:
+        """The support and ties that this scheme chooses for `w`, from now on fixed.
+
+        by: for every rule the scores (shape of `w`) that it chooses by, or None for `w` itself.
+        """
         mask, ties = torch.ones_like(w, dtype=torch.bool), []
-        for rule in self.rules:
-            chosen = rule.chosen(w, conv_groups)
-            mask &= rule.snap.mask(w.detach(), rule.structure, conv_groups, chosen)
+        for rule, scores in zip(self.rules, by or [None] * len(self.rules)):
+            judged = w if scores is None or rule.snap.ties else scores.masked_fill(~mask, 0)
+            chosen = rule.chosen(judged, conv_groups)
+            mask &= rule.snap.mask(judged.detach(), rule.structure, conv_groups, chosen)
             if rule.snap.ties:
                 ties.append(Tie(rule.structure, chosen))
-            w = rule.snap.apply(w.detach(), rule.structure, conv_groups, chosen)
+                w = rule.snap.apply(w.detach(), rule.structure, conv_groups, chosen)
+            else:
+                w = w.detach().masked_fill(~mask, 0)
         return Frozen(mask, conv_groups, tuple(ties), w.sign().to(torch.int8) if ties else None)
 
 
 def _highest(loss: Tensor, sizes: Tensor, share: float) -> Tensor:
-    """The groups with the highest loss that together hold `share` of all entries, to within one group.
+    """The groups with the highest loss by weight that together hold `share` of all weights, to within one group.
 
     loss, sizes: ``[groups]``; a group of size 0 never counts. At least one group stays unless the share is 0.
+    Edge blocks hold fewer weights than others: by their loss alone they would always go first, and with them the last
+    answers of a classifier.
     """
     full = sizes == sizes.max()
     if bool(full.all()):
         count = 0 if share <= 0 else min(loss.numel(), max(1, math.floor(share * loss.numel() + 0.5)))
-    else:  # edge blocks hold fewer weights than others: count weights, not groups
+    else:  # edge blocks: count weights, not groups
+        loss = loss / sizes.clamp_min(1)
         held = sizes[loss.argsort(descending=True, stable=True)].cumsum(0)
         wanted = share * float(held[-1])
         count = int((held <= wanted + 0.5 * float(sizes.max())).sum()) if share < 1 else int((sizes > 0).sum())

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -60,11 +60,7 @@ class Structure:
 
     def group_sizes(self, shape: torch.Size, conv_groups: int = 1) -> Tensor:
         """How many weights each group holds, ``[groups]`` on the CPU: equal but for edge blocks, which hold fewer."""
-        if not any(self._padding(self._dims(shape, conv_groups))):
-            sizes = self._sizes(shape, conv_groups)
-            count = math.prod(sizes[letter] for letter in self._group_axes.strip("()").split())
-            return torch.tensor(float(math.prod(shape) // count)).expand(count)
-        return self.sum(torch.ones(shape), conv_groups)
+        return _group_sizes(self.pattern, tuple(self.blocks.items()), torch.Size(shape), conv_groups)
 
     # -- the pattern, taken apart ------------------------------------------------------------------
 
@@ -126,3 +122,13 @@ class Structure:
             letters = axis.strip("()").split()
             sizes[letters[0]] = (size + extra) // self._block(axis)
         return sizes
+
+
+@cache
+def _group_sizes(pattern: str, blocks: tuple[tuple[str, int], ...], shape: torch.Size, conv_groups: int) -> Tensor:
+    structure = Structure(pattern, dict(blocks))
+    if any(structure._padding(structure._dims(shape, conv_groups))):
+        return structure.sum(torch.ones(shape), conv_groups)
+    sizes = structure._sizes(shape, conv_groups)
+    count = math.prod(sizes[letter] for letter in structure._group_axes.strip("()").split())
+    return torch.tensor(float(math.prod(shape) // count)).expand(count)

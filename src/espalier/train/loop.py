@@ -1,22 +1,20 @@
-"""A training loop for people who have none. The only file that knows lightning-fabric."""
+"""A training loop for people who have none."""
 
 from __future__ import annotations
 
-import signal
-import threading
+import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from espalier.errors import MissingExtraError, TrainingError
+from espalier.errors import TrainingError
 from espalier.train.checkpoint import (
     check_same,
     random_state,
@@ -26,48 +24,17 @@ from espalier.train.checkpoint import (
     shapes,
     write_checkpoint,
 )
+from espalier.train.interrupts import Interrupts
+from espalier.train.objective import objective
 from espalier.train.recipe import Recipe
-from espalier.train.score import evaluate
+from espalier.train.score import evaluate, visiting
 from espalier.train.split import Data
+from espalier.train.team import AGREE_EVERY, Processes, Team, launch
 from espalier.train.told import Told
-
-try:  # an optional extra
-    from lightning_fabric import Fabric
-except ImportError:
-    Fabric = None  # type: ignore[assignment,misc]
+from espalier.train.worked import Sharded, TrainHooks, Whole, Worked
 
 SAVE_EVERY_S = 300.0
 _EPOCH_SEEDS = 7919
-
-
-class TrainHooks(Protocol):
-    """What the loop calls: a `methods.Run`, or anything like it.
-
-    While training, conv weights lie in memory as channels_last: reshape them, don't view them.
-
-    >>> class Nothing:
-    ...     def penalty(self): return torch.zeros(())
-    ...     def step(self): pass
-    ...     def state_dict(self): return {}
-    ...     def load_state_dict(self, state): pass
-    >>> hooks: TrainHooks = Nothing()
-    """
-
-    def penalty(self) -> Tensor:
-        """A scalar that is added to the loss."""
-        ...
-
-    def step(self) -> None:
-        """Called after every step of the optimizer."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values from which the hooks go on as if they had not been stopped."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from such a state."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -105,11 +72,14 @@ def fit(
     recipe: Recipe,
     *,
     hooks: TrainHooks | None = None,
+    teacher: nn.Module | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
     phase: str = "train",
     progress: bool = True,
     devices: int = 1,
+    num_nodes: int = 1,
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     accelerator: str = "auto",
     on_epoch: Callable[[Epoch], None] | None = None,
     save_every_s: float = SAVE_EVERY_S,
@@ -117,10 +87,15 @@ def fit(
     """Train `model` in place by `recipe`; it comes back on the device and with the training flags that it had.
 
     hooks: a `methods.Run`: its penalty joins the loss, its step follows the optimizer's.
+    teacher: the network whose answers are imitated where `recipe.distill` is above 0: it stays frozen, in eval mode.
     checkpoint: a file written after every epoch, every `save_every_s` seconds and at Ctrl-C, whole or not at all.
         With `resume` training goes on from it, if it is there; killed at any moment it ends, on a CPU, bit for bit as
         if it had not been stopped. Random numbers are seeded by the recipe and the epoch.
-    on_epoch: called after each epoch. devices: processes to share every batch among (as lightning-fabric, torchrun).
+    on_epoch: called after each epoch.
+    devices, num_nodes, strategy, accelerator: the processes that share every batch (`Processes`); they are started by
+        the command line of this one, unless torchrun has done so. Gradients are those of the whole batch, so that the
+        masks are those of one process. A batch norm normalises each process's part by itself; the running statistics
+        are averaged before they are used.
 
     Raises TrainingError for a loss that is not finite, a checkpoint of something else, or a disk that is full;
     KeyboardInterrupt at Ctrl-C, after the step under way is done and saved (a second Ctrl-C does not wait).
@@ -130,28 +105,25 @@ def fit(
     >>> history.epochs[2].holdout_accuracy > 0.5
     True
     """
-    if Fabric is None:
-        raise MissingExtraError("lightning-fabric", "train")
-    try:
-        fabric = Fabric(accelerator=accelerator, devices=devices, precision=recipe.precision)  # type: ignore[arg-type]
-    except (ValueError, RuntimeError) as error:
-        raise TrainingError(f"cannot train on {devices} x {accelerator} in {recipe.precision}: {error}") from error
-    fabric.launch()
+    team = launch(Processes(devices, num_nodes, strategy, accelerator), recipe.precision)
     path = None if checkpoint is None else Path(checkpoint)
-    with _borrowed(model):
-        run = _Fit(fabric, model, data, recipe, hooks, path, phase, save_every_s)
-        if resume and path is not None and path.exists():
+    if recipe.distill and teacher is None:
+        raise TrainingError(f"{phase}: distill is {recipe.distill}, but there is no teacher to learn from: teacher=...")
+    taught = teacher if recipe.distill else None
+    with _borrowed(model), visiting(taught, team.fabric.device) if taught is not None else nullcontext():
+        run = _Fit(team, model, data, recipe, hooks, taught, path, phase, save_every_s)
+        if resume and path is not None and team.first(path.exists):
             run.restore(path)
         steps = data.train.steps(recipe.batch_size)
-        shown = progress and fabric.global_rank == 0
-        with _Interrupts() as interrupts, Told(phase, recipe.epochs, steps, run.done, shown) as told:
+        shown = progress and team.leads
+        with Interrupts() as interrupts, Told(phase, recipe.epochs, steps, run.done, shown) as told:
             while run.epoch < recipe.epochs:
                 run.train_epoch(interrupts, told)
                 row = run.end_epoch()
                 told.epoch(row.epoch, row.loss, row.holdout_accuracy, row.seconds)
                 if on_epoch is not None:
                     on_epoch(row)
-                if interrupts.asked:  # while the epoch was scored; it is saved
+                if team.any(interrupts.asked)[0]:  # while the epoch was scored; it is saved
                     raise KeyboardInterrupt
         return run.history
 
@@ -161,16 +133,19 @@ class _Fit:
 
     def __init__(
         self,
-        fabric: Any,
+        team: Team,
         model: nn.Module,
         data: Data,
         recipe: Recipe,
         hooks: TrainHooks | None,
+        teacher: nn.Module | None,
         path: Path | None,
         phase: str,
         save_every_s: float,
     ) -> None:
-        self.fabric, self.model, self.data, self.recipe, self.hooks = fabric, model, data, recipe, hooks
+        self.team, self.fabric = team, team.fabric
+        self.model, self.data, self.recipe, self.hooks = model, data, recipe, hooks
+        self.teacher = None if teacher is None else teacher.eval()
         self.path, self.phase, self.save_every_s = path, phase, save_every_s
         self.steps = data.train.steps(recipe.batch_size)
         self.epoch = self.batch = 0  # the next to be done
@@ -178,20 +153,21 @@ class _Fit:
         self.history = History()
         self.saved_at = self.began_at = time.monotonic()
         self.network = shapes(model)
-        model.to(fabric.device)
-        self.wrapped, self.optimizer = fabric.setup(model, recipe.make_optimizer(model))
+        model.to(self.fabric.device)
+        self.worked: Worked = (Sharded if team.sharded else Whole)(team, model, recipe)
+        self.wrapped, self.optimizer = self.worked.wrapped, self.worked.optimizer
 
     @property
     def done(self) -> int:
         """Steps that are done."""
         return self.epoch * self.steps + self.batch
 
-    def train_epoch(self, interrupts: _Interrupts, told: Told) -> None:
+    def train_epoch(self, interrupts: Interrupts, told: Told) -> None:
         """What is left of an epoch."""
         self.began_at = time.monotonic()
         if self.batch == 0:
             seed_everything(self.recipe.seed * _EPOCH_SEEDS + self.epoch)  # whatever was drawn between the epochs
-        self.model.train()
+        self.wrapped.train()
         batches = self.data.train.batches(
             self.recipe.batch_size,
             seed=self.recipe.seed,
@@ -199,6 +175,7 @@ class _Fit:
             first=self.batch,
             shuffle=True,
             augment=True,
+            part=slice(self.team.rank, None, self.team.world),
             device=self.fabric.device,
         )
         for x, y in batches:
@@ -206,19 +183,23 @@ class _Fit:
             self.batch += 1
             told.step()
             due = self.path is not None and time.monotonic() - self.saved_at >= self.save_every_s
-            if due or interrupts.asked:
+            if self.team.world > 1 and self.batch % AGREE_EVERY:
+                continue
+            due, asked = self.team.any(due, interrupts.asked)
+            if due or asked:
                 self.save()
-            if interrupts.asked:
+            if asked:
                 raise KeyboardInterrupt
 
     def end_epoch(self) -> Epoch:
         """Score the epoch and save it."""
-        held, sums, last = evaluate(self.model, self.data.holdout), self._all_sums(), self.done - 1
+        self.worked.settle()
+        held, sums, last = evaluate(self.model, self.data.holdout), self.team.sums(self.sums), self.done - 1
         self.epoch, self.batch = self.epoch + 1, 0
         row = Epoch(
             epoch=self.epoch,
             loss=sums["loss"] / max(1.0, sums["seen"]),
-            penalty=sums["penalty"] / (self.steps * self.fabric.world_size),
+            penalty=sums["penalty"] / (self.steps * self.team.world),
             accuracy=sums["right"] / max(1.0, sums["seen"]),
             holdout_loss=held.loss,
             holdout_accuracy=held.accuracy,
@@ -232,10 +213,9 @@ class _Fit:
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         """One step of the optimizer on this process's share of a batch."""
-        rank, world = self.fabric.global_rank, self.fabric.world_size
-        if len(x) < world:
+        whole, world = self.data.train.size_of(self.batch, self.recipe.batch_size), self.team.world
+        if whole < world:
             return
-        x, y = x[rank::world], y[rank::world]
         if x.ndim == 4:
             x = x.clone(memory_format=torch.channels_last)
         for group in self.optimizer.param_groups:
@@ -245,12 +225,12 @@ class _Fit:
         for k, (xs, ys) in enumerate(parts):
             last = k == len(parts) - 1
             with self.fabric.no_backward_sync(self.wrapped, enabled=not last):
-                self._backward(xs, ys, len(xs) / len(x), last)
+                self._backward(xs, ys, len(xs) * world / whole, last)  # gradients are averaged over the processes
+        self.worked.before_step()
         if self.recipe.clip:
             self.fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=self.recipe.clip)
         self.optimizer.step()
-        if self.hooks is not None:
-            self.hooks.step()
+        self.worked.after_step(self.hooks)
 
     def _backward(self, x: Tensor, y: Tensor, share: float, last: bool) -> None:
         out = self.wrapped(x)
@@ -259,10 +239,11 @@ class _Fit:
                 f"{type(self.model).__name__} makes {list(out.shape)} of {len(x)} images, but {self.data.name} has "
                 f"{self.data.classes} classes: build it with classes={self.data.classes}"
             )
-        loss = F.cross_entropy(out, y, label_smoothing=self.recipe.label_smoothing)
-        penalty = self.hooks.penalty() if last and self.hooks is not None else torch.zeros((), device=loss.device)
-        value, extra = float(loss.detach()), float(penalty.detach())
-        if not torch.isfinite(loss + penalty):
+        loss = objective(out, y, self._taught(x), self.recipe)
+        value, extra, penalty = float(loss.detach()), 0.0, torch.zeros((), device=loss.device)
+        if last and self.hooks is not None:
+            penalty, extra = self.worked.penalty(self.hooks)
+        if not math.isfinite(value + extra):
             kept = f"; {self.path} holds what was before" if self.path is not None and self.path.exists() else ""
             raise TrainingError(
                 f"{self.phase}: the loss is {value} (penalty {extra}) in epoch {self.epoch + 1}, step "
@@ -275,51 +256,54 @@ class _Fit:
         self.sums["right"] += float((out.detach().argmax(1) == y).sum())
         self.sums["seen"] += len(x)
 
-    def _all_sums(self) -> dict[str, float]:
-        if self.fabric.world_size == 1:
-            return self.sums
-        values = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=self.fabric.device)
-        return dict(zip(self.sums, self.fabric.all_reduce(values, reduce_op="sum").tolist()))
+    def _taught(self, x: Tensor) -> Tensor | None:
+        if self.teacher is None:
+            return None
+        with torch.no_grad(), self.fabric.autocast():
+            return self.teacher(x)
 
     # -- saving and going on -----------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must agree in, besides recipe and network."""
         images = len(self.data.train)
-        return {"phase": self.phase, "data": self.data.name, "images": images, "hooks": self.hooks is not None}
+        hooks, teacher = self.hooks is not None, self.teacher is not None
+        return {"phase": self.phase, "data": self.data.name, "images": images, "hooks": hooks, "teacher": teacher}
 
     def save(self) -> None:
         """Write the checkpoint, where one is wanted."""
         self.saved_at = time.monotonic()
-        if self.path is not None and self.fabric.global_rank == 0:
-            write_checkpoint(
-                self.path,
-                {
-                    "recipe": asdict(self.recipe),
-                    "network": self.network,
-                    "facts": self.facts(),
-                    "model": self.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "hooks": self.hooks.state_dict() if self.hooks is not None else {},
-                    "epoch": self.epoch,
-                    "batch": self.batch,
-                    "sums": self.sums,
-                    "history": [asdict(row) for row in self.history.epochs],
-                    "random": random_state(),
-                },
-            )
+        if self.path is None:
+            return
+        self.worked.settle()
+        path, sums = self.path, self.team.sums(self.sums)
+        state = {
+            "recipe": asdict(self.recipe),
+            "network": self.network,
+            "facts": self.facts(),
+            "model": self.model.state_dict(),
+            "optimizer": self.worked.optimizer_state(),
+            "hooks": self.hooks.state_dict() if self.hooks is not None else {},
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "sums": sums,
+            "history": [asdict(row) for row in self.history.epochs],
+            "random": random_state(),
+        }
+        self.team.first(lambda: write_checkpoint(path, state))
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint."""
-        state = read_checkpoint(path)
+        state = self.team.first(lambda: read_checkpoint(path))
         check_same(path, "recipe", state["recipe"], asdict(self.recipe))
         check_same(path, "network", state["network"], self.network)
         check_same(path, "run", state["facts"], self.facts())
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.worked.load(state["model"], state["optimizer"])
         if self.hooks is not None:
             self.hooks.load_state_dict(state["hooks"])
-        self.epoch, self.batch, self.sums = int(state["epoch"]), int(state["batch"]), dict(state["sums"])
+        self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
+        share = self.team.leads  # the sums so far are the whole team's: one process carries them on
+        self.sums = {key: value if share else 0.0 for key, value in state["sums"].items()}
         self.history = History([Epoch(**row) for row in state["history"]])
         set_random_state(state["random"])
 
@@ -336,7 +320,9 @@ def _borrowed(model: nn.Module) -> Iterator[None]:
     for p in changed:  # clone: one input channel is contiguous in both layouts, so .contiguous() would do nothing
         p.data = p.data.clone(memory_format=torch.channels_last)
     try:
-        yield
+        with warnings.catch_warnings():  # of DDP, about those with one input channel
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+            yield
     finally:
         model.to(home)
         for p in changed:
@@ -344,27 +330,3 @@ def _borrowed(model: nn.Module) -> Iterator[None]:
             p.grad = None  # of the other layout
         for module, training in flags:
             module.training = training
-
-
-class _Interrupts:
-    """Ctrl-C asks for an end after the step under way; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
-
-    def __enter__(self) -> _Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._hear)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _hear(self, _number: int, _frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True

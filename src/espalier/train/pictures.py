@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median_low
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from espalier.errors import DataError, MissingExtraError
 from espalier.train.split import Norm
+from espalier.train.stream import Stream
 
 try:  # an optional extra
     from PIL import Image
@@ -28,16 +30,21 @@ except ImportError:
 NORM: Norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet, as most weights that are about
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff")
 TESTS = ("test", "val", "valid", "validation")
-LARGEST = 224  # pixels; pictures are kept in memory
+LARGEST = 224  # pixels
+IN_MEMORY_BYTES = 4 * 2**30  # of pictures; where there are more of them, they are read when they are needed
+_AT_ONCE = 256  # pictures read at once
 LOOKED_AT = 200  # pictures from which the common size is taken
+
+
+Labelled = tuple[Tensor | Stream, Tensor]
 
 
 @dataclass(frozen=True)
 class Pictures:
     """Two sets of (images uint8 ``[N, 3, size, size]``, labels) and the names of the classes."""
 
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
+    train: Labelled
+    test: Labelled
     classes: tuple[str, ...]
     size: int
 
@@ -45,7 +52,9 @@ class Pictures:
 def folder(path: str) -> Pictures:
     """Pictures in ``PATH/train/CLASS/*`` and ``PATH/test/CLASS/*`` (or ``val``).
 
-    Every picture is scaled and cropped to a square of the usual shorter side of the training set, 224 at most.
+    Every picture is scaled and cropped to a square of the usual shorter side of the training set, 224 at most. Where
+    they would take more than IN_MEMORY_BYTES in memory, each is read from its file whenever a batch needs it, by
+    threads and ahead of the training; the batches are the same.
     Raises DataError for folders that are missing or differ in their classes, and for a picture that cannot be read.
 
     >>> folder("flowers").classes  # doctest: +SKIP
@@ -63,8 +72,8 @@ def folder(path: str) -> Pictures:
     listed = [_listed(root / part, classes) for part in ("train", test)]
     paths = [path for path, _ in listed[0]]
     size = _common_size(_sides(path) for path in paths[:: max(1, len(paths) // LOOKED_AT)])
-    made = [_stacked(((_picture(path, size), label) for path, label in rows), size, len(rows)) for rows in listed]
-    return Pictures(made[0], made[1], classes, size)
+    train, found = (_labelled(partial(_nth, rows, size), [label for _, label in rows], size) for rows in listed)
+    return Pictures(train, found, classes, size)
 
 
 def hub(name: str) -> Pictures:
@@ -93,11 +102,11 @@ def hub(name: str) -> Pictures:
     if image is None or label is None:
         raise DataError(f"hub:{name}: needs an image and a class label, has {', '.join(features)}")
     size = _common_size(row[image].size for row in islice(loaded["train"], LOOKED_AT))
-    made = []
-    for split in ("train", test):
-        rows = ((_square(row[image], size, f"hub:{name}"), int(row[label])) for row in loaded[split])
-        made.append(_stacked(rows, size, len(loaded[split])))
-    return Pictures(made[0], made[1], tuple(features[label].names), size)
+    train, found = (
+        _labelled(partial(_row, loaded[split], image, size, f"hub:{name}"), list(loaded[split][label]), size)
+        for split in ("train", test)
+    )
+    return Pictures(train, found, tuple(features[label].names), size)
 
 
 def _feature(features: Any, kind: str) -> str | None:
@@ -155,14 +164,22 @@ def _square(image: Any, size: int, where: str) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def _stacked(rows: Iterator[tuple[np.ndarray, int]], size: int, count: int) -> tuple[Tensor, Tensor]:
-    try:
-        images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    except RuntimeError as error:
-        gigabytes = count * 3 * size * size / 1e9
-        raise DataError(f"{count} pictures of {size} x {size} take {gigabytes:.0f} GB of memory") from error
-    labels = torch.empty(count, dtype=torch.int64)
-    for k, (image, label) in enumerate(rows):
-        images[k] = torch.tensor(image).permute(2, 0, 1)
-        labels[k] = label
-    return images, labels
+def _nth(rows: list[tuple[Path, int]], size: int, number: int) -> np.ndarray:
+    return _picture(rows[number][0], size)
+
+
+def _row(rows: Any, image: str, size: int, where: str, number: int) -> np.ndarray:
+    return _square(rows[number][image], size, where)
+
+
+def _labelled(read: Callable[[int], np.ndarray], labels: list[int], size: int) -> Labelled:
+    """The pictures with their labels: in memory, or left where they are when there are too many."""
+    stream = Stream(read, torch.arange(len(labels)), (3, size, size))
+    numbers = torch.tensor(labels, dtype=torch.int64)
+    if stream.shape.numel() > IN_MEMORY_BYTES:
+        return stream, numbers
+    images, done = torch.empty(stream.shape, dtype=torch.uint8), 0
+    for batch in stream.batches(torch.arange(len(labels)).split(_AT_ONCE)):
+        images[done : done + len(batch)] = batch
+        done += len(batch)
+    return images, numbers

@@ -23,6 +23,8 @@ class Recipe:
     weight_decay: of weights of two and more dimensions; biases and norms are left out.
     clip: the largest norm of the gradient, 0 for no limit. accumulate: parts in which a batch is worked, which saves
     memory.
+    distill, temperature: the share of the loss that asks for the softened answers of a teacher (Hinton et al.,
+        arXiv 1503.02531) instead of the labels: ``(1 - distill) CE + distill T^2 KL(teacher / T || network / T)``.
     precision: as lightning-fabric says it, such as "32-true" or "bf16-mixed".
 
     Raises UnknownNameError for an optimizer or schedule, TrainingError for a number outside its range.
@@ -43,6 +45,8 @@ class Recipe:
     label_smoothing: float = 0.0
     clip: float = 0.0
     accumulate: int = 1
+    distill: float = 0.0
+    temperature: float = 4.0
     precision: str = "32-true"
     seed: int = 0
 
@@ -56,6 +60,11 @@ class Recipe:
             value = getattr(self, field)
             if not (math.isfinite(value) and value >= low):
                 raise TrainingError(f"the recipe's {field} is {value}, expected a number of {low} or more")
+        if self.distill > 1 or self.temperature == 0:
+            raise TrainingError(
+                f"the recipe's distill is {self.distill}, expected 0..1, and its temperature {self.temperature}, "
+                "expected more than 0"
+            )
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step, counted from 0.
@@ -117,6 +126,8 @@ _LEAST: dict[str, float] = {
     "label_smoothing": 0.0,
     "clip": 0.0,
     "accumulate": 1,
+    "distill": 0.0,
+    "temperature": 0.0,
 }
 
 

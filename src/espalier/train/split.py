@@ -1,4 +1,4 @@
-"""A split of a data set: images in memory, in batches that a seed decides. A data set: three splits."""
+"""A split of a data set: images, in batches that a seed decides. A data set: three splits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from espalier.errors import DataError
+from espalier.train.stream import Stream
 
 Norm = tuple[tuple[float, ...], tuple[float, ...]]  # mean, standard deviation per channel
 _PRIME = 1_000_003
@@ -19,6 +20,7 @@ _PRIME = 1_000_003
 class Split:
     """Images uint8 ``[N, C, H, W]`` and labels int64 ``[N]``, with how to bring them before a network.
 
+    images: a tensor, or a `Stream` of pictures that are read when they are needed.
     norm: mean and standard deviation per channel, of values in 0..1.
     crop, flip: the augmentation, when asked for: pixels to shift by at most, whether left and right may be swapped.
 
@@ -27,7 +29,7 @@ class Split:
     [((3, 1, 4, 4), [0, 1, 2]), ((2, 1, 4, 4), [3, 4])]
     """
 
-    images: Tensor
+    images: Tensor | Stream
     labels: Tensor
     norm: Norm
     crop: int = 0
@@ -44,6 +46,15 @@ class Split:
         """
         return -(-len(self) // batch_size)
 
+    def size_of(self, batch: int, batch_size: int) -> int:
+        """Images in a batch of the epoch, counted from 0.
+
+        >>> [load_data("synthetic:3x8x8:2").test.size_of(k, 10) for k in range(4)]
+        [8, 8, 8, 8]
+        """
+        least, larger = divmod(len(self), max(1, self.steps(batch_size)))
+        return least + (batch < larger)
+
     def batches(
         self,
         batch_size: int,
@@ -53,6 +64,7 @@ class Split:
         first: int = 0,
         shuffle: bool = False,
         augment: bool = False,
+        part: slice = slice(None),
         device: torch.device | str = "cpu",
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of (images float32, labels) on `device`; the same `seed` and `epoch` always give the same ones.
@@ -61,6 +73,7 @@ class Split:
         batch of one image would not know what to do.
 
         first: the batch to begin with, for an epoch that was broken off: what follows is as if it had not been.
+        part: of each batch, for one of several processes: only these are read, augmented as in the whole batch.
 
         >>> x, y = next(load_data("digits").train.batches(32, seed=1, epoch=2, shuffle=True, augment=True))
         >>> x.shape
@@ -68,13 +81,31 @@ class Split:
         """
         base = (seed * _PRIME + epoch) * _PRIME
         order = torch.randperm(len(self), generator=_generator(base)) if shuffle else torch.arange(len(self))
-        for k, index in enumerate(order.tensor_split(max(1, self.steps(batch_size)))[first:], first):
-            whole = not shuffle and len(index) == len(self)
-            images = (self.images if whole else self.images[index]).to(device)
+        whole = order.tensor_split(max(1, self.steps(batch_size)))[first:]
+        mine = [index[part] for index in whole]
+        for k, (index, images) in enumerate(zip(mine, self._read(mine)), first):
+            images = images.to(device)
             if augment:
                 # A seed for each batch, so that none depends on those before it.
-                images = self._augmented(images, _generator(base + k + 1))
+                images = self._augmented(images, _generator(base + k + 1), len(whole[k - first]), part)
             yield self.normalised(images), self.labels[index].to(device)
+
+    def only(self, index: Tensor) -> Split:
+        """Those at `index` (integers or a mask).
+
+        >>> len(load_data("synthetic:3x8x8:2").test.only(torch.arange(5)))
+        5
+        """
+        images = self.images.only(index) if isinstance(self.images, Stream) else self.images[index]
+        return replace(self, images=images, labels=self.labels[index])
+
+    def _read(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
+        if isinstance(self.images, Stream):
+            yield from self.images.batches(indices)
+            return
+        for index in indices:
+            whole = len(index) == len(self) and bool((index[1:] > index[:-1]).all())
+            yield self.images if whole else self.images[index]
 
     def normalised(self, images: Tensor) -> Tensor:
         """uint8 images as float32, normalised by channel: (x / 255 - mean) / std.
@@ -85,20 +116,21 @@ class Split:
         mean, std = (torch.tensor(values, device=images.device).reshape(1, -1, 1, 1) for values in self.norm)
         return images.float().div_(255).sub_(mean).div_(std)
 
-    def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _augmented(self, images: Tensor, generator: torch.Generator, drawn: int, part: slice) -> Tensor:
+        """Of `drawn` images in the whole batch, for which numbers are drawn, these are `part`."""
         count, channels, height, width = images.shape
         if self.crop:
             padded = F.pad(images, (self.crop,) * 4)
-            shift = torch.randint(0, 2 * self.crop + 1, (2, count, 1), generator=generator)
+            shift = torch.randint(0, 2 * self.crop + 1, (2, drawn, 1), generator=generator)[:, part]
             rows, columns = shift[0] + torch.arange(height), shift[1] + torch.arange(width)
             if self.flip:
-                turned = torch.rand(count, 1, generator=generator) < 0.5
+                turned = torch.rand(drawn, 1, generator=generator)[part] < 0.5
                 columns = torch.where(turned, columns.flip(1), columns)
             at = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).reshape(count, 1, -1).to(images.device)
             taken = padded.flatten(2).gather(2, at.expand(-1, channels, -1))
             return taken.reshape(images.shape)
         if self.flip:
-            turned = (torch.rand(count, 1, 1, 1, generator=generator) < 0.5).to(images.device)
+            turned = (torch.rand(drawn, 1, 1, 1, generator=generator)[part] < 0.5).to(images.device)
             return torch.where(turned, images.flip(3), images)
         return images
 
@@ -171,7 +203,7 @@ def divide(name: str, train: Split, test: Split, classes: int, holdout: float, s
         held[index[torch.randperm(len(index), generator=generator)[: max(0, count)]]] = True
     if not held.any():
         raise DataError(f"{name}: no class has two training images, so none can be held out")
-    rest, part = (replace(train, images=train.images[m], labels=train.labels[m]) for m in (~held, held))
+    rest, part = (train.only(mask) for mask in (~held, held))
     return Data(name, rest, replace(part, crop=0, flip=False), test, classes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from types import TracebackType
 
@@ -55,3 +56,36 @@ class Told:
             left = timedelta(seconds=round(seconds * (self.epochs - epoch)))
             line = f"{self.phase} {epoch}/{self.epochs}  {told}  {seconds:.1f} s  {left} left"
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class Tried:
+    """A search that evaluates again and again: each try on a status line of a terminal, elsewhere a line now and then.
+
+    >>> tried = Tried("purify", shown=False)
+    >>> tried.one("holdout 98.52 %")
+    >>> tried.count
+    1
+    """
+
+    def __init__(self, phase: str, *, shown: bool = True, every_s: float = 5.0) -> None:
+        self.phase, self.shown, self.every_s, self.count = phase, shown, every_s, 0
+        self.console = Console(stderr=True)
+        self.began = self.told_at = time.monotonic()
+
+    def one(self, words: str) -> None:
+        """One more was tried; `words` say what came of it."""
+        self.count += 1
+        now = time.monotonic()
+        due = self.count == 1 or now - self.told_at >= self.every_s
+        if self.shown and (due or self.console.is_terminal):
+            self.told_at = now
+            self._line(words, "\r" if self.console.is_terminal else "\n")
+
+    def end(self, words: str) -> None:
+        """It is over."""
+        if self.shown:
+            self._line(words, "\n")
+
+    def _line(self, words: str, end: str) -> None:
+        line = f"{self.phase} {self.count}  {words}  {time.monotonic() - self.began:.1f} s"
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True, end=end)

@@ -1,0 +1,80 @@
+"""Clock: how long networks take on the engine, step by step, in turns so that all of them meet the same machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from espalier.graph.ir import Graph
+from espalier.runtime import compile
+from espalier.runtime.executable import Executable
+
+LEAST, MOST, SECONDS = 9, 60, 0.1  # rounds of one program: as many as fill the time, within these bounds
+QUANTILE = 0.25  # the median of the faster half: what other programs add to the slower half is not the network's
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Milliseconds of one run: of every native step by its name, and of the whole call; lower quartiles of rounds."""
+
+    steps: dict[str, float]
+    whole_ms: float
+
+
+Clock = Callable[[Sequence[Graph], int], list[Profile]]
+"""(graphs, threads) -> a profile of each. The real one is `engine_clock`; tests have one that counts."""
+
+
+def engine_clock(graphs: Sequence[Graph], threads: int) -> list[Profile]:
+    """Compile the graphs, and time them on random input in turns.
+
+    A round runs a program three times: to bring its weights and activations to where they are in steady use, with the
+    whole call timed, and with every step timed. With one thread the whole call counts in processor time, which on a
+    quiet machine is the wall clock's, and on a busy one leaves out the turns that other programs had meanwhile.
+    """
+    now = time.thread_time if threads == 1 else time.perf_counter
+    programs = [compile(graph, threads=threads) for graph in graphs]
+    given = [_inputs(graph) for graph in graphs]
+    rounds = [_rounds(program, x) for program, x in zip(programs, given)]
+    seen: list[list[dict[str, float]]] = [[] for _ in graphs]
+    whole: list[list[float]] = [[] for _ in graphs]
+    for turn in range(max(rounds, default=0)):
+        for k, program in enumerate(programs):
+            if turn < rounds[k]:
+                program(*given[k])
+                start = now()
+                program(*given[k])
+                whole[k].append((now() - start) * 1e3)
+                seen[k].append(program.profile(*given[k]))
+    return [
+        Profile({name: _quantile([row[name] for row in rows]) for name in rows[0]}, _quantile(calls))
+        for rows, calls in zip(seen, whole)
+    ]
+
+
+def _rounds(program: Executable, given: list[np.ndarray]) -> int:
+    program(*given)
+    start = time.perf_counter()
+    program(*given)
+    return max(LEAST, min(MOST, int(SECONDS / max(1e-6, 3 * (time.perf_counter() - start)))))
+
+
+def _quantile(values: list[float]) -> float:
+    return float(np.quantile(values, QUANTILE))
+
+
+def _inputs(graph: Graph) -> list[np.ndarray]:
+    generator, made = torch.Generator().manual_seed(0), []
+    for name in graph.inputs:
+        value = graph.values[name]
+        floating = value.dtype.is_floating_point
+        made.append(
+            (torch.randn(value.shape, generator=generator) if floating else torch.zeros(value.shape))
+            .to(value.dtype)
+            .numpy()
+        )
+    return made

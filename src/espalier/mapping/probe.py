@@ -1,0 +1,79 @@
+"""Probe: the network itself as the bench on which its layers are timed.
+
+A layer timed alone has its weights in the first cache and its input just written; in a network neither holds. So
+whole networks are run in which *every* layer has the scheme and density in question, and the engine's own profile
+says what each layer took: one run measures all layers, where they stand, with what is fused into them. The sum of
+all steps then is the network's latency, up to the overhead of the call, which is measured too.
+
+The weights are random, masked, and scaled so that activations neither vanish nor explode (numbers too small for
+their exponent are slow on some processors): a table depends on shapes only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from espalier.graph.ir import Graph
+from espalier.mapping.clock import Profile
+from espalier.mapping.layers import Layer
+from espalier.sparsity import Scheme
+
+
+class Probe:
+    """Variants of one network with random weights in given schemes."""
+
+    def __init__(self, graph: Graph, layers: Mapping[str, Layer]) -> None:
+        self.graph, self.layers = graph, layers
+        self._owner = {node: site for site, layer in layers.items() for node in layer.nodes}
+        self._neutral = _neutral_norms(graph)
+        self._random: dict[str, Tensor] = {}
+
+    def variant(self, schemes: Mapping[str, Scheme]) -> Graph:
+        """The network with random weights, those of `schemes` masked; the given graph is not changed."""
+        tensors = {**self.graph.tensors, **self._neutral}
+        for name, layer in self.layers.items():
+            weight = self._weight(name)
+            if name in schemes:
+                weight = schemes[name].project(weight, layer.site.conv_groups)
+            fan_in = max(1.0, float(weight.count_nonzero()) / weight.shape[0])
+            tensors[name] = weight * math.sqrt(2.0 / fan_in)
+        return replace(self.graph, tensors=tensors)
+
+    def attribute(self, profile: Profile) -> tuple[dict[str, float], float]:
+        """Milliseconds of every site, and of the steps that belong to none.
+
+        A step is named after its node (``conv2d_3``, with what prepares it as ``conv2d_3/phases``), or after several
+        joined by "+", whose time is then shared by their multiply-accumulates.
+        """
+        spent = dict.fromkeys(self.layers, 0.0)
+        rest = 0.0
+        for step, ms in profile.steps.items():
+            owners = [self._owner[n] for n in step.partition("/")[0].split("+") if n in self._owner]
+            macs = sum(self.layers[site].site.macs for site in owners)
+            for site in owners:
+                spent[site] += ms * self.layers[site].site.macs / macs
+            if not owners:
+                rest += ms
+        return spent, rest
+
+    def _weight(self, name: str) -> Tensor:
+        if name not in self._random:
+            shape = self.layers[name].site.shape
+            self._random[name] = torch.randn(shape, generator=torch.Generator().manual_seed(len(self._random)))
+        return self._random[name]
+
+
+def _neutral_norms(graph: Graph) -> dict[str, Tensor]:
+    """Batch norms that change nothing: mean 0, variance 1, scale 1, shift 0."""
+    neutral: dict[str, Tensor] = {}
+    for node in graph.nodes:
+        if node.op == "batch_norm":
+            for name, fill in zip(node.inputs[1:], (0.0, 1.0, 1.0, 0.0)):
+                if name in graph.tensors:
+                    neutral[str(name)] = torch.full_like(graph.tensors[str(name)], fill)
+    return neutral

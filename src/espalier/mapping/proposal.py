@@ -1,0 +1,227 @@
+"""Proposal: from targets to a plan by rule, with what is reachable, what is predicted, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import nn
+
+from espalier.errors import PlanError
+from espalier.graph.capture import ExampleInputs, capture
+from espalier.graph.ir import Graph
+from espalier.mapping.allocate import Unreachable
+from espalier.mapping.clock import Clock, engine_clock
+from espalier.mapping.damage import Damage, Harms
+from espalier.mapping.latency import LatencyModel, latency_model
+from espalier.mapping.probe import Probe
+from espalier.mapping.rules import BETA, KINDS, Choice, Rule, plan_of, told
+from espalier.mapping.sensitivity import Evaluate, quick_harms
+from espalier.mapping.targets import Cost, Targets
+from espalier.sparsity import Plan
+
+RECOVERY = 0.1  # the share of the one-shot drop that retraining leaves: our reading, only used to predict
+CLOSE = 0.02  # a measured latency this close to the asked one is not corrected any further
+CORRECTIONS = 4
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A plan and all that is known about it before any training.
+
+    dense, least, predicted: costs of the unpruned network, the lowest of each alone, and those of the plan.
+    predicted_drop: points of accuracy, a rough guess; None where nothing was evaluated.
+    measured_ms, measured_speedup: of the plan with random weights, beside the dense network in one run.
+    """
+
+    plan: Plan
+    targets: Targets
+    dense: Cost
+    least: Cost
+    predicted: Cost
+    predicted_drop: float | None = None
+    measured_ms: float | None = None
+    measured_speedup: float | None = None
+    choices: Mapping[str, Choice] = field(default_factory=dict)
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """For a table: what, asked, reachable (from .. to), predicted, measured."""
+        speed = self.dense.latency_ms / self.predicted.latency_ms
+        most = self.dense.latency_ms / self.least.latency_ms
+        asked = self.targets.told()
+        rows = [
+            ("speedup", "", f"1 .. {most:.2f}x", f"{speed:.2f}x", _or(self.measured_speedup, "{:.2f}x")),
+            (
+                "latency_ms",
+                "",
+                f"{self.dense.latency_ms:.4g} .. {self.least.latency_ms:.4g}",
+                f"{self.predicted.latency_ms:.4g}",
+                _or(self.measured_ms, "{:.4g}"),
+            ),
+            *[
+                (k, "", f"{self.dense[k]:.4g} .. {self.least[k]:.4g}", f"{self.predicted[k]:.4g}", "")
+                for k in ("size_mb", "macs")
+            ],
+            ("max_drop", "", "", _or(self.predicted_drop, "about {:.2f} points"), ""),
+        ]
+        return [(name, f"{asked[name]:g}" if name in asked else "", *row) for name, _, *row in rows]  # type: ignore[misc]
+
+
+def propose(
+    model: nn.Module | Graph,
+    example_inputs: ExampleInputs | None,
+    targets: Targets,
+    *,
+    evaluate: Evaluate | None = None,
+    harms: Harms | None = None,
+    threads: int = 1,
+    beta: float = BETA,
+    latency: LatencyModel | None = None,
+    clock: Clock = engine_clock,
+    verify: bool = True,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Proposal:
+    """A plan for a network by rule.
+
+    evaluate: accuracy (points) and loss of the network as it is, on held-out data; without it layers are weighed by
+        their projection errors. harms: what `espalier sensitivity` measured, instead.
+    threads: that the latency is meant for. beta: see `rules`. latency: a model that stands already.
+    verify: compile the plan and measure it beside the dense network; the allocation is corrected by what the table
+        got wrong, until the asked latency is met to 2 %, or four times.
+    tell: is told what is reachable before time is spent, and how far it is.
+
+    Raises PlanError for targets that are empty or out of reach (saying what is), or that need `evaluate`.
+    """
+    if targets.empty:
+        raise PlanError("ask for something: speedup=3, latency_ms=5, size_mb=2, macs=0.3 or max_drop=0.5")
+    graph = model if isinstance(model, Graph) else capture(model, example_inputs)  # type: ignore[arg-type]
+    latency = latency or latency_model(graph, threads=threads, clock=clock, tell=tell)
+    sites = graph.sites()
+    held = sum(site.weights for site in sites.values())
+    others = sum(graph.tensors[name].numel() for name in graph.parameters) - held
+    rule = Rule(latency, Damage(graph.tensors, latency.layers, harms), beta=beta, others=max(0, others))
+    dense, least = _cost(rule.total({s: Choice(None, 1.0, "") for s in sites})), _cost(rule.least())
+    limits = targets.limits(dense)
+    most = dense.latency_ms / least.latency_ms
+    tell(
+        f"reachable: {dense.latency_ms:.4g} .. {least.latency_ms:.4g} ms (1 .. {most:.2f}x), "
+        f"{dense.size_mb:.4g} .. {least.size_mb:.4g} MB, {dense.macs:.4g} .. {least.macs:.4g} MACs"
+    )
+    for kind, limit in limits.items():
+        if limit < least[kind]:
+            raise Unreachable(list(limits), np.array(list(limits.values())), np.array([least[k] for k in limits]))
+    if evaluate is not None and harms is None:
+        if isinstance(model, Graph):
+            raise PlanError("evaluating needs the network itself: give propose the module, not its graph")
+        tell("how sensitive each layer is, on the held-out data")
+        harms = quick_harms(graph, model, evaluate, [s for s in sites if latency.candidates(s)])
+        rule = Rule(latency, Damage(graph.tensors, latency.layers, harms), beta=beta, others=rule.others)
+    if limits:
+        choices = rule.choose(limits)
+    else:
+        choices = _by_drop(rule, targets, dense, least)
+    measured: tuple[float, float] | None = None
+    if verify:
+        choices, measured = _verified(graph, rule, choices, limits, clock, tell)
+    drop = None if harms is None else _drop(rule, choices)
+    tell(f"chosen: {told(list(choices.values()))}")
+    return Proposal(
+        plan_of(choices),
+        targets,
+        dense,
+        least,
+        _cost(rule.total(choices)),
+        drop,
+        measured[1] if measured else None,
+        measured[0] / measured[1] if measured else None,
+        choices,
+    )
+
+
+def plan(
+    model: nn.Module,
+    evaluate: Evaluate | None,
+    example_inputs: ExampleInputs,
+    *,
+    speedup: float | None = None,
+    latency_ms: float | None = None,
+    size_mb: float | None = None,
+    macs: float | None = None,
+    max_drop: float | None = None,
+    threads: int = 1,
+    beta: float = BETA,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """A plan by rule for what is asked; `propose` also says what is reachable, predicted and measured.
+
+    evaluate: accuracy in points and loss of the network, or `scored(batches)`; None weighs layers by their weights.
+
+    >>> plan = es.plan(model, es.scored(batches), example, speedup=3.0)
+    >>> print(es.explain(plan, "layer1.0.conv1"))
+    """
+    targets = Targets(speedup, latency_ms, size_mb, macs, max_drop)
+    return propose(model, example_inputs, targets, evaluate=evaluate, threads=threads, beta=beta, tell=tell).plan
+
+
+def _verified(
+    graph: Graph,
+    rule: Rule,
+    choices: dict[str, Choice],
+    limits: Mapping[str, float],
+    clock: Clock,
+    tell: Callable[[str], None],
+) -> tuple[dict[str, Choice], tuple[float, float]]:
+    """Choices that were measured, and (dense, plan) milliseconds in one run, both in the model's terms.
+
+    The machine may be slower now than when the table was made, so what counts is the ratio to the dense network.
+    """
+    probe, asked = Probe(graph, rule.model.layers), limits.get("latency_ms")
+    aim, seen = asked, []
+    for turn in range(CORRECTIONS + 1):
+        schemes = plan_of(choices).resolve(graph.sites())
+        whole, cut = clock([probe.variant({}), probe.variant(schemes)], rule.model.threads)
+        ms = rule.model.dense_ms * cut.whole_ms / whole.whole_ms
+        seen.append((choices, ms))
+        if asked is None or aim is None or abs(ms / asked - 1) <= CLOSE or turn == CORRECTIONS:
+            break
+        tell(f"measured {ms:.4g} ms where {asked:.4g} were asked: the allocation is corrected")
+        aim *= asked / ms
+        try:
+            choices = rule.choose({**limits, "latency_ms": aim})
+        except Unreachable:
+            break
+    choices, ms = min(seen, key=lambda pair: abs(pair[1] / asked - 1)) if asked is not None else seen[-1]
+    return choices, (rule.model.dense_ms, ms)
+
+
+def _by_drop(rule: Rule, targets: Targets, dense: Cost, least: Cost) -> dict[str, Choice]:
+    """The fastest choice whose predicted drop is allowed, by bisection."""
+    if rule.damage.harms is None or targets.max_drop is None:
+        raise PlanError("max_drop alone needs held-out data to be predicted: give evaluate, or ask for a speedup too")
+    slow, fast = dense.latency_ms, least.latency_ms
+    best = rule.choose({"latency_ms": slow * 1.0001})
+    for _ in range(12):
+        middle = (slow + fast) / 2
+        try:
+            tried = rule.choose({"latency_ms": middle})
+        except Unreachable:
+            fast = middle
+            continue
+        if _drop(rule, tried) <= targets.max_drop:
+            best, slow = tried, middle
+        else:
+            fast = middle
+    return best
+
+
+def _drop(rule: Rule, choices: Mapping[str, Choice]) -> float:
+    return RECOVERY * sum(rule.damage.points(s, c.candidate, c.density) for s, c in choices.items())
+
+
+def _cost(values: np.ndarray) -> Cost:
+    return Cost(**dict(zip(KINDS, values.tolist())))
+
+
+def _or(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

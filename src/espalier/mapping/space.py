@@ -1,0 +1,87 @@
+"""Space: what a search may choose from: (scheme, block, density) for every layer, and what a choice costs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from espalier.errors import UnknownNameError
+from espalier.mapping.candidates import find
+from espalier.mapping.latency import LatencyModel, label_of
+from espalier.sparsity import Entry, Plan, Scheme
+
+DENSITIES = (0.7, 0.5, 0.35, 0.25, 0.15, 0.1)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One choice for one layer; label None is dense."""
+
+    label: str | None
+    density: float
+    ms: float
+
+    def scheme(self) -> Scheme | None:
+        return None if self.label is None else find(self.label).at(self.density)
+
+
+@dataclass(frozen=True)
+class Space:
+    """sites: in the network's order; options: for each its choices, dense first. fixed_ms: what no choice changes."""
+
+    sites: tuple[str, ...]
+    options: tuple[tuple[Option, ...], ...]
+    fixed_ms: float
+
+    @property
+    def name(self) -> str:
+        """A digest of what can be chosen, not of how long it takes: trials belong to a space by it."""
+        text = repr([(s, [(o.label, round(o.density, 6)) for o in each]) for s, each in zip(self.sites, self.options)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def latency_ms(self, picked: Sequence[int]) -> float:
+        """The network's latency by the table."""
+        return self.fixed_ms + sum(each[k].ms for each, k in zip(self.options, picked))
+
+    def plan(self, picked: Sequence[int]) -> Plan:
+        """The plan of a choice, an option's index for every site."""
+        why = "search: part of the best trial found"
+        return Plan(tuple(Entry(s, each[k].scheme(), why=why) for s, each, k in zip(self.sites, self.options, picked)))
+
+    def nearest(self, schemes: Mapping[str, Scheme]) -> list[int]:
+        """The choice that comes closest to a resolved plan: same scheme where there is one, nearest density."""
+        picked = []
+        for site, each in zip(self.sites, self.options):
+            wanted = schemes.get(site)
+            same = [k for k, o in enumerate(each) if wanted is not None and o.label == label_of(wanted)]
+            if wanted is None or not same:
+                picked.append(0)
+            else:
+                target = wanted.density
+                picked.append(min(same, key=lambda k: abs(each[k].density - target)))
+        return picked
+
+
+def space_of(
+    model: LatencyModel, *, densities: Sequence[float] = DENSITIES, schemes: Sequence[str] | None = None
+) -> Space:
+    """Every candidate that the latency model knows, at several densities, where it is faster than dense.
+
+    schemes: labels to keep to. Raises UnknownNameError for one that no ladder has.
+    """
+    for label in schemes or ():
+        if label not in {known for _, known in model.curves}:
+            raise UnknownNameError("measured scheme", label, {known for _, known in model.curves})
+    options = []
+    for site in model.layers:
+        each = [Option(None, 1.0, model.dense[site])]
+        for label in model.candidates(site):
+            if schemes is None or label in schemes:
+                top = find(label).ceiling
+                for density in sorted({min(d, top) for d in densities}, reverse=True):
+                    ms = model.layer_ms(site, label, density)
+                    if ms < model.dense[site]:
+                        each.append(Option(label, density, ms))
+        options.append(tuple(each))
+    return Space(tuple(model.layers), tuple(options), model.fixed_ms)

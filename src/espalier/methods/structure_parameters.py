@@ -1,0 +1,164 @@
+"""Structure parameters: one number per group learns whether the group is needed (PSP).
+
+The network uses nu(a_g) W_g, with nu(a) = 0 if |a| < eps else a, and a straight-through gradient for a.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from espalier.errors import UnknownNameError
+from espalier.methods.base import Method, Progress, State
+from espalier.methods.ramps import ramp
+from espalier.methods.targets import Lane, Target, freeze, judged
+from espalier.sparsity import Frozen
+
+KINDS = ("weight_decay", "l1", "fixed")
+LEAST = 1e-3  # of |a| while a group lives: W is the weight over a
+
+
+@final
+@dataclass(frozen=True)
+class StructureParameters(Method):
+    """PSP (arXiv 1905.05180): a parameter a per group, starting at 1, that decays unless the loss sustains it.
+
+    The module's own parameter always holds what the network uses, nu(a) W, so that checkpoints, copies, clipping and
+    compilation see an ordinary weight, and folding at the end is exact. After each optimizer step its move D is shared
+    out: ``da_g = (mean over g of W D) / scale``, straight through the threshold, and W such that what is alive moves by
+    D as the optimizer wants (with the chain rule's ``dW = a D`` the step of a group would grow with a squared). Pruned
+    groups move by their a alone and can come back. Our reading: a starts at the group's norm in relation to the root
+    mean square of its layer, so that it is 1 on average and a trained network hands on what it knows; `scale` is that
+    mean square, so that a stays in this unit. Weight decay on W is the optimizer's.
+
+    kind: "weight_decay" (``a <- (1 - s) a``), "l1" (``a <- a - s sign a``), or "fixed" (no decay).
+    decay: the total of s over a run; by default 1 where a rule has no density, 0.3 where it has one.
+    eps: threshold on |a| where a rule has no density: the densities come out ("fixed" then prunes nothing). Where it
+        has one, the threshold is the one that leaves as many groups as a cubic ramp wants.
+    until: the share of the run after which the ramp is over. updates: of thresholds and patterns in a run.
+
+    Patterns and N:M keep what is largest, straight through as well; ties (unification) are made when the run finishes.
+    """
+
+    kind: str = "weight_decay"
+    decay: float | None = None
+    until: float = 0.7
+    eps: float = 0.5
+    updates: int = 100
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UnknownNameError("kind of structure_parameters", self.kind, KINDS)
+
+    def begin(self, targets: list[Target], progress: Progress) -> State:
+        progress.share("structure_parameters")
+        state: State = {}
+        for target in targets:
+            w = target.weight.detach().float()
+            for lane in _pruning(target):
+                squares = lane.mean(w.square())
+                scale = squares.mean().clamp_min(1e-30)
+                state[lane.key("scale")], state[lane.key("a")] = scale, (squares / scale).sqrt().clamp_min(LEAST)
+                state[lane.key("alive")] = torch.ones_like(squares, dtype=torch.bool)
+            factor = _product(torch.ones_like(w), [lane.spread(state[lane.key("a")]) for lane in _pruning(target)])
+            state[f"{target.site}/w"] = w / factor
+        self._choose(targets, state, 0.0)
+        return state
+
+    def step(self, targets: list[Target], state: State, progress: Progress) -> None:
+        assert progress.steps is not None
+        for target in targets:
+            self._share_out(target, state, 1 / progress.steps)
+        if progress.step % max(1, progress.steps // self.updates) == 0:
+            self._choose(targets, state, progress.share("structure_parameters") / self.until)
+        for target in targets:
+            target.weight.copy_(_used(target, state))
+
+    def land(self, targets: list[Target], state: State) -> dict[str, Frozen]:
+        by: dict[str, list[Tensor]] = {}
+        found: dict[str, list[Tensor | None]] = {}
+        for target in targets:
+            spreads, w = [], state[f"{target.site}/w"]
+            by[target.site], found[target.site] = [], []
+            for lane in target.lanes():
+                if lane.prunes:
+                    a, alive = state[lane.key("a")], state[lane.key("alive")]
+                    spreads.append(lane.spread(a * alive if lane.open else a))
+                    by[target.site].append(lane.spread(a))
+                    found[target.site].append(alive if lane.open else None)
+                else:
+                    by[target.site].append(_product(w, spreads))
+                    found[target.site].append(None)
+            target.weight.copy_(_product(w, spreads))  # where a density keeps a group that was below the threshold
+        return freeze(targets, by, found)
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _share_out(self, target: Target, state: State, dt: float) -> None:
+        """Hand the move that the optimizer made on to W and a; then a decays."""
+        lanes, w = _pruning(target), state[f"{target.site}/w"]
+        alive = [state[lane.key("alive")] for lane in lanes]
+        spreads = [lane.spread(state[lane.key("a")] * living) for lane, living in zip(lanes, alive)]
+        before = _product(w, spreads)
+        support = state.get(f"{target.site}/support")
+        move = target.weight.detach().float() - (before if support is None else before * support)
+        along, after = w * move, before + move
+        for k, (lane, living) in enumerate(zip(lanes, alive)):
+            a = state[lane.key("a")]
+            moved = a + lane.mean(_product(along, spreads[:k] + spreads[k + 1 :])) / state[lane.key("scale")]
+            stuck = living & (moved * a.sign() < LEAST)  # what lives passes zero only by dying first
+            a.copy_(torch.where(stuck, a.sign() * LEAST, moved))
+        factor = _product(torch.ones_like(w), [lane.spread(state[lane.key("a")] * n) for lane, n in zip(lanes, alive)])
+        w.copy_(torch.where(factor != 0, after / factor, w))
+        for lane in lanes:
+            a, decay = state[lane.key("a")], (1.0 if lane.open else 0.3) if self.decay is None else self.decay
+            if self.kind == "weight_decay":
+                a.mul_(math.exp(-decay * dt))
+            elif self.kind == "l1":
+                a.copy_(a.sign() * (a.abs() - decay * dt).clamp_min(LEAST))
+
+    def _choose(self, targets: list[Target], state: State, share: float) -> None:
+        """Which groups are above the threshold, and which positions patterns and N:M leave."""
+        for r in range(max((len(t.scheme.rules) for t in targets), default=0)):
+            lanes = [t.lanes()[r] for t in targets if r < len(t.scheme.rules)]
+            pruning = {lane.target.site: lane.spread(state[lane.key("a")]) for lane in lanes if lane.prunes}
+            by = judged([lane.target for lane in lanes if lane.prunes], pruning, r)
+            for lane in lanes:
+                if lane.prunes:
+                    a = state[lane.key("a")].abs()
+                    if by[lane.target.site] is not pruning[lane.target.site]:
+                        a = lane.mean(by[lane.target.site].square())
+                    state[lane.key("alive")] = self._alive(lane, a, share)
+                elif not lane.rule.snap.ties:
+                    w = state[f"{lane.target.site}/w"]
+                    state[f"{lane.target.site}/support"] = lane.rule.mask(w, lane.target.conv_groups)
+
+    def _alive(self, lane: Lane, size: Tensor, share: float) -> Tensor:
+        if lane.open:
+            return (size >= self.eps) | (size == size.max()) | (self.kind == "fixed")
+        dead = min(len(size) - 1, round((1 - ramp("cubic", 1.0, lane.rule.free, share)) * len(size)))
+        alive = torch.ones_like(size, dtype=torch.bool)
+        alive[size.argsort()[:dead]] = False
+        return alive
+
+
+def _used(target: Target, state: State) -> Tensor:
+    """nu(a) W, within what patterns leave."""
+    spreads = [lane.spread(state[lane.key("a")] * state[lane.key("alive")]) for lane in _pruning(target)]
+    used = _product(state[f"{target.site}/w"], spreads)
+    support = state.get(f"{target.site}/support")
+    return used if support is None else used * support
+
+
+def _pruning(target: Target) -> list[Lane]:
+    return [lane for lane in target.lanes() if lane.prunes]
+
+
+def _product(tensor: Tensor, factors: list[Tensor]) -> Tensor:
+    for factor in factors:
+        tensor = tensor * factor
+    return tensor

@@ -1,0 +1,191 @@
+"""Targets: the weights on their way into schemes, and the choice of groups where filters are coupled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from espalier.errors import MethodError
+from espalier.graph import Graph, couplings
+from espalier.sparsity import CATALOG, Frozen, Rule, Scheme, Zero
+
+FILTER = CATALOG["filter"].pattern
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight on its way into a scheme.
+
+    positions: output positions per sample, so that a weight costs as many multiply-accumulates.
+    scale: the weight of the batch norm that reads the filters, where there is one.
+    rows: for each filter the number of its coupling, where other targets prune filters of it too; else None.
+    """
+
+    site: str
+    weight: nn.Parameter
+    scheme: Scheme
+    conv_groups: int
+    positions: int = 1
+    scale: Tensor | None = None
+    rows: Tensor | None = None
+
+    def lanes(self) -> list[Lane]:
+        """The rules of the scheme, each at work on this weight."""
+        return [Lane(self, r) for r in range(len(self.scheme.rules))]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One rule at work on one weight: what methods with a copy, a penalty or a parameter for every rule go through."""
+
+    target: Target
+    r: int
+
+    @property
+    def rule(self) -> Rule:
+        return self.target.scheme.rules[self.r]
+
+    @property
+    def open(self) -> bool:
+        """No density is asked for: a method that finds densities may prune here what it likes."""
+        return self.prunes and self.rule.free >= 1
+
+    @property
+    def prunes(self) -> bool:
+        """Whole groups become zero (not patterns, N:M or ties)."""
+        return isinstance(self.rule.snap, Zero)
+
+    @property
+    def sizes(self) -> Tensor:
+        """How many weights each group holds, ``[groups]`` on the CPU."""
+        return self.rule.structure.group_sizes(self.target.weight.shape, self.target.conv_groups)
+
+    def key(self, name: str) -> str:
+        """The name of a tensor of this lane in a run's state."""
+        return f"{self.target.site}/{name}{self.r}"
+
+    def outside(self, w: Tensor) -> Tensor:
+        """What the rule would take away if it snapped every group: ``w - nearest(w)``, shape of `w`."""
+        return w if self.prunes else w - self.nearest(w)
+
+    def nearest(self, w: Tensor) -> Tensor:
+        """`w` with every group snapped."""
+        if self.prunes:
+            return torch.zeros_like(w)
+        every = torch.ones(len(self.sizes), dtype=torch.bool, device=w.device)
+        return self.rule.snap.apply(w, self.rule.structure, self.target.conv_groups, every)
+
+    def sum(self, w: Tensor) -> Tensor:
+        """The sum of every group, ``[groups]``."""
+        return self.rule.structure.sum(w, self.target.conv_groups)
+
+    def mean(self, w: Tensor) -> Tensor:
+        """The mean of every group, ``[groups]``: edge blocks hold fewer weights than others."""
+        return self.sum(w) / self.sizes.to(w.device)
+
+    def spread(self, vector: Tensor) -> Tensor:
+        """``[groups]`` -> shape of the weight: every entry holds its group's number."""
+        return self.rule.structure.spread(vector, self.target.weight.shape, self.target.conv_groups)
+
+
+def targets(graph: Graph, schemes: Mapping[str, Scheme]) -> list[Target]:
+    """The targets of a plan on `graph`. Raises MethodError for a site that is not trained."""
+    sites, made = graph.sites(), []
+    scales = _scales(graph)
+    for site, scheme in schemes.items():
+        weight = graph.tensors[site]
+        if not isinstance(weight, nn.Parameter):
+            raise MethodError(f"{site} is a buffer, not a parameter: leave it out of the plan")
+        facts = sites[site]
+        made.append(Target(site, weight, scheme, facts.conv_groups, facts.positions, scales.get(site)))
+    return _coupled(graph, made)
+
+
+def judged(targets: Sequence[Target], tensors: Mapping[str, Tensor], r: int) -> dict[str, Tensor]:
+    """site -> what rule `r` of its scheme chooses by: the tensor itself, or a joint score of coupled filters.
+
+    Filters that a residual add (or anything else) couples are one decision: a channel only goes when all of them do.
+    Their joint score is the sum of their squared norms, each in relation to the mean in its layer (our reading), and
+    the same for all, so that each layer keeps the first of one ranking.
+    """
+    made = {t.site: tensors[t.site] for t in targets if r < len(t.scheme.rules)}
+    joint = [t for t in targets if t.rows is not None and r < len(t.scheme.rules) and _filters(t.scheme.rules[r])]
+    if not joint:
+        return made
+    count = 1 + max(int(t.rows.max()) for t in joint if t.rows is not None)
+    scores = torch.zeros(count, device=joint[0].weight.device)
+    for t in joint:
+        squares = tensors[t.site].detach().float().flatten(1).square().sum(1)
+        scores.index_add_(0, t.rows.to(scores.device), squares / squares.mean().clamp_min(1e-30))  # type: ignore[union-attr]
+    for t in joint:
+        rows = scores[t.rows.to(scores.device)].sqrt()  # type: ignore[union-attr]
+        shape = t.weight.shape
+        made[t.site] = (rows / shape[1:].numel() ** 0.5).reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+    return made
+
+
+def freeze(
+    targets: Sequence[Target],
+    by: Mapping[str, Sequence[Tensor]] | None = None,
+    found: Mapping[str, Sequence[Tensor | None]] | None = None,
+    schemes: Mapping[str, Scheme] | None = None,
+) -> dict[str, Frozen]:
+    """The support of every target, from now on fixed.
+
+    by: site -> for every rule the scores (shape of the weight) that it chooses by; the weights themselves by default.
+    found: site -> for every rule that had no density to keep the groups that live (bool ``[groups]``), else None.
+    schemes: site -> another scheme than the target's, with the same rules at other densities (on the way there).
+    """
+    depth = max((len(t.scheme.rules) for t in targets), default=0)
+    weights = {t.site: t.weight.detach() for t in targets}
+    chosen: dict[str, list[Tensor | None]] = {t.site: [] for t in targets}
+    for r in range(depth):
+        here = {t.site: by[t.site][r] if by else weights[t.site] for t in targets if r < len(t.scheme.rules)}
+        for site, scores in judged([t for t in targets if t.site in here], here, r).items():
+            chosen[site].append(None if scores is weights[site] else scores)
+    made = {}
+    for target in targets:
+        alive = torch.ones_like(target.weight, dtype=torch.bool)
+        for lane, living in zip(target.lanes(), (found or {}).get(target.site, [])):
+            if living is not None:
+                alive &= lane.spread(living)
+        masked = [s if s is None else s.masked_fill(~alive, 0) for s in chosen[target.site]]
+        scheme = schemes[target.site] if schemes else target.scheme
+        frozen = scheme.freeze(weights[target.site].masked_fill(~alive, 0), target.conv_groups, masked)
+        made[target.site] = replace(frozen, mask=frozen.mask & alive)
+    return made
+
+
+def _filters(rule: Rule) -> bool:
+    return rule.structure.pattern == FILTER
+
+
+def _scales(graph: Graph) -> dict[str, Tensor]:
+    """site -> the weight of the batch norm that reads its output, and nothing else does."""
+    readers, made = graph.readers(), {}
+    for node in graph.nodes:
+        if node.op in ("conv", "linear") and node.inputs[1] in graph.tensors:
+            following = readers[node.outputs[0]]
+            if len(following) == 1 and following[0].op == "batch_norm" and following[0].inputs[3] is not None:
+                made[str(node.inputs[1])] = graph.tensors[following[0].inputs[3]]
+    return made
+
+
+def _coupled(graph: Graph, made: list[Target]) -> list[Target]:
+    """The targets with `rows` where filters of several are coupled."""
+    prune = [t for t in made if any(_filters(rule) and rule.free < 1 for rule in t.scheme.rules)]
+    if len(prune) < 2:
+        return made
+    found = couplings(graph)
+    rows = {t.site: torch.tensor([found.find(k) for k in found.labels[f"{t.site}@0"].tolist()]) for t in prune}
+    labels, counts = torch.cat(list(rows.values())).unique(return_counts=True)
+    shared = labels[counts > 1]
+    return [
+        replace(t, rows=torch.searchsorted(labels, rows[t.site]))
+        if t.site in rows and bool(torch.isin(rows[t.site], shared).any())
+        else t
+        for t in made
+    ]

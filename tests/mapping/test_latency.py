@@ -1,0 +1,151 @@
+"""The latency model: the table is what the clock says, kept, checked, rising; one real measurement."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import espalier as es
+from espalier.errors import UnknownNameError
+from espalier.mapping import check, latency_model, mean_error
+from espalier.mapping.cache import Shelf, folder, identity
+from espalier.mapping.candidates import GRID, find, ladder
+from espalier.mapping.clock import Profile
+from espalier.mapping.latency import label_of, rising
+from espalier.mapping.layers import layers
+from espalier.mapping.probe import Probe
+from tests.mapping.clocks import OVERHEAD, REST, CountingClock, Net, example, step_ms
+
+WHO = {"test": 1}
+
+
+@pytest.fixture
+def graph() -> es.Graph:
+    torch.manual_seed(0)
+    return es.capture(Net(), example())
+
+
+def test_the_sum_is_the_network(graph: es.Graph, tmp_path: Path) -> None:
+    model = latency_model(graph, clock=CountingClock(), shelf=Shelf(WHO, tmp_path))
+    dense = sum(step_ms(torch.ones(site.shape)) for site in graph.sites().values()) + REST + OVERHEAD
+    assert model.dense_ms == pytest.approx(dense)
+    assert model.rest_ms == pytest.approx(REST) and model.overhead_ms == pytest.approx(OVERHEAD)
+    plans = {
+        f"{c} {d}": {s: find(c).at(d) for s in ("a.weight", "b.weight")} for c in ("column", "weight") for d in GRID
+    }
+    rows = check(model, graph, plans, clock=CountingClock())
+    assert mean_error(rows) < 0.02 and all(abs(row.error) < 0.1 for row in rows)
+
+
+def test_a_wrong_table_is_seen_by_the_check(graph: es.Graph, tmp_path: Path) -> None:
+    def late(graphs, threads):
+        return [Profile(p.steps, 2 * p.whole_ms) for p in CountingClock()(graphs, threads)]
+
+    model = latency_model(graph, clock=CountingClock(), shelf=Shelf(WHO, tmp_path))
+    assert mean_error(check(model, graph, {"dense": {}}, clock=late)) > 0.4
+
+
+def test_a_step_of_several_layers_is_shared(graph: es.Graph) -> None:
+    found = layers(graph)
+    a, b = (found[f"{name}.weight"].nodes[0] for name in "ab")
+    spent, rest = Probe(graph, found).attribute(Profile({f"{a}+{b}/tile": 4.0, f"{a}/phases": 1.0, "else": 0.5}, 6.0))
+    assert (spent["a.weight"], spent["b.weight"], rest) == (3.0, 2.0, 0.5)
+
+
+def test_what_stands_is_not_measured_again(graph: es.Graph, tmp_path: Path) -> None:
+    first, again = CountingClock(), CountingClock()
+    one = latency_model(graph, clock=first, shelf=Shelf(WHO, tmp_path))
+    two = latency_model(graph, clock=again, shelf=Shelf(WHO, tmp_path))
+    assert first.graphs > 10 and again.graphs == 0
+    assert one.dense_ms == two.dense_ms and one.layer_ms("a.weight", "column", 0.2) == two.layer_ms(
+        "a.weight", "column", 0.2
+    )
+    other = CountingClock()  # of the same shapes in another order: its rest is measured, its layers are not
+    shorter = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.Conv2d(16, 16, 3, padding=1))
+    latency_model(es.capture(shorter, example()), clock=other, shelf=Shelf(WHO, tmp_path))
+    assert 0 < other.graphs < first.graphs
+
+
+def test_a_damaged_cache_is_measured_anew(graph: es.Graph, tmp_path: Path) -> None:
+    shelf = Shelf(WHO, tmp_path)
+    model = latency_model(graph, clock=CountingClock(), shelf=shelf)
+    whole = shelf.path.read_text()
+    wrong_rows = json.dumps({"who": WHO, "ms": {"a": "fast"}})
+    for text in (whole[: len(whole) // 2], wrong_rows, json.dumps({"who": {}, "ms": {}}), "[]", "\x00"):
+        shelf.path.write_text(text)
+        clock = CountingClock()
+        with pytest.warns(UserWarning, match="not used"):
+            again = latency_model(graph, clock=clock, shelf=shelf)
+        assert clock.graphs > 10 and again.dense_ms == model.dense_ms
+    assert not list(shelf.path.parent.glob("*.part"))
+
+
+def test_a_folder_that_cannot_be_written_costs_only_a_warning(graph: es.Graph, tmp_path: Path) -> None:
+    (tmp_path / "latency").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="cannot be kept|not used"):
+        assert latency_model(graph, clock=CountingClock(), shelf=Shelf(WHO, tmp_path)).dense_ms > 0
+
+
+def test_the_folder_follows_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path))
+    assert folder() == tmp_path
+    monkeypatch.delenv("ESPALIER_CACHE")
+    assert "espalier" in str(folder())
+    assert identity(1) != identity(2) and identity(1)["engine"]
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=8))
+def test_rising_is_the_nearest_rising_sequence(values: list[float]) -> None:
+    made = rising(np.array(values))
+    assert (np.diff(made) >= -1e-9).all() and made.sum() == pytest.approx(sum(values), abs=1e-6)
+    assert np.allclose(rising(made), made)
+
+
+def test_interpolation_rises_where_measurements_do_not(graph: es.Graph, tmp_path: Path) -> None:
+    calls = iter(range(10**6))
+
+    def noisy(graphs, threads):
+        profiles = CountingClock()(graphs, threads)
+        return [
+            Profile({k: v * (1 + 0.9 * (next(calls) % 3)) for k, v in p.steps.items()}, p.whole_ms) for p in profiles
+        ]
+
+    model = latency_model(graph, clock=noisy, shelf=Shelf(WHO, tmp_path))
+    for site in model.layers:
+        for label in model.candidates(site):
+            ms = [model.layer_ms(site, label, d) for d in np.linspace(0.01, find(label).ceiling, 60)]
+            assert (np.diff(ms) >= 0).all(), (site, label)
+
+
+def test_layers_and_ladders(graph: es.Graph) -> None:
+    found = layers(graph)
+    assert found["a.weight"].key == found["b.weight"].key != found["stem.weight"].key
+    assert [s for s, layer in found.items() if layer.reads_input] == ["stem.weight"]
+    assert [s for s, layer in found.items() if layer.answers] == ["fc.weight"]
+    assert ladder(found["deep.weight"]) == ()
+    assert "pattern+kernel" in [c.label for c in ladder(found["a.weight"])]
+    assert "pattern+kernel" not in [c.label for c in ladder(found["point.weight"])]
+    assert "filter" not in [c.label for c in ladder(found["fc.weight"])]
+    assert label_of(es.scheme("block_punched", 0.3)) == "block_punched m=8 n=4"
+
+
+def test_an_unmeasured_scheme_is_named(graph: es.Graph, tmp_path: Path) -> None:
+    model = latency_model(graph, clock=CountingClock(), shelf=Shelf(WHO, tmp_path))
+    with pytest.raises(UnknownNameError, match="measured scheme of a"):
+        model.predict({"a.weight": es.scheme("block_punched", 0.3, m=3, n=1)})
+
+
+def test_a_real_measurement(tmp_path: Path) -> None:
+    """Of the engine itself, on whatever machine this is: sparse is faster, and the sum is near the whole."""
+    torch.manual_seed(0)
+    wide = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3))
+    graph = es.capture(wide, torch.zeros(1, 3, 20, 20))
+    chosen = [find("column"), find("block_punched m=8 n=1")]
+    model = latency_model(graph, threads=1, candidates=lambda _: chosen, shelf=Shelf(identity(1), tmp_path))
+    assert model.layer_ms("2.weight", "column", 0.05) < 0.7 * model.dense["2.weight"]
+    (row,) = check(model, graph, {"a": {"2.weight": find("column").at(0.1)}})
+    assert abs(row.error) < 0.6

@@ -1,0 +1,225 @@
+"""The rule: its decisions one by one, targets met in the clock's terms, reasons that stay with the plan."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import espalier as es
+from espalier.errors import PlanError, UnknownNameError
+from espalier.mapping import LatencyModel, latency_model, propose
+from espalier.mapping.allocate import Options, Unreachable, allocate
+from espalier.mapping.cache import Shelf
+from espalier.mapping.candidates import Candidate, find, ladder
+from espalier.mapping.damage import Damage, Harm, errors
+from espalier.mapping.latency import Curve
+from espalier.mapping.layers import layers
+from espalier.mapping.rules import RELEASED, Rule, plan_of
+from espalier.mapping.targets import Cost, Targets, size_mb
+from tests.mapping.clocks import CountingClock, Net, example
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture(scope="module")
+def model(net: Net, tmp_path_factory: pytest.TempPathFactory) -> LatencyModel:
+    shelf = Shelf({"test": 1}, tmp_path_factory.mktemp("cache"))
+    return latency_model(es.capture(net, example()), clock=CountingClock(), shelf=shelf)
+
+
+def asked(net: Net, model: LatencyModel, **targets: float) -> "es.mapping.Proposal":
+    return propose(net, example(), Targets(**targets), latency=model, clock=CountingClock())
+
+
+# -- the decision list ------------------------------------------------------------------------------
+
+
+def test_what_is_spared(net: Net, model: LatencyModel) -> None:
+    made = asked(net, model, speedup=1.3)
+    dense = {site for site, choice in made.choices.items() if choice.candidate is None}
+    assert {"deep.weight", "stem.weight", "fc.weight"} <= dense
+    assert "a.weight" not in dense or "b.weight" not in dense
+    for site, why in (("deep", "depthwise"), ("stem", "first"), ("fc", "last")):
+        assert why in es.explain(made.plan, site)
+
+
+def test_spared_layers_are_released_when_the_target_needs_them(net: Net, model: LatencyModel) -> None:
+    most = asked(net, model, speedup=1.2)
+    hard = asked(net, model, speedup=0.99 * most.dense.latency_ms / most.least.latency_ms)
+    stem = hard.choices["stem.weight"]
+    assert stem.candidate is not None and stem.density >= RELEASED - 1e-9 and "released" in stem.why
+    assert hard.choices["deep.weight"].candidate is None
+
+
+def test_the_smallest_block_within_beta(net: Net, model: LatencyModel) -> None:
+    """Hand-made times: halving from rung to rung, columns as fast as the last but one."""
+    found = layers(es.capture(net, example()))
+    rungs = [c for c in ladder(found["a.weight"])]
+    times = dict(zip([c.label for c in rungs], (8.0, 6.0, 4.0, 2.2, 2.1, 1.9, 2.0, 2.5)))
+    curves = {("a.weight", label): Curve(np.array([0.01, 1.0]), np.array([ms, ms])) for label, ms in times.items()}
+    hand = LatencyModel({"a.weight": found["a.weight"]}, {"a.weight": 9.0}, curves, 0.0, 0.0, 1, 1)
+    damage = Damage({"a.weight": net.a.weight}, found)
+    chosen = {beta: Rule(hand, damage, beta=beta).block("a.weight", 0.2).label for beta in (0.0, 0.07, 0.2, 1.5, 4.0)}
+    assert chosen == {
+        0.0: "block_punched m=16 n=4",
+        0.07: "block_punched m=8 n=4",
+        0.2: "block_punched m=8 n=1",
+        1.5: "block_punched m=4 n=1",
+        4.0: "weight",
+    }
+    assert Rule(hand, damage, beta=2.2).block("a.weight", 0.3).label == "pattern+kernel"
+    assert Rule(hand, damage, beta=2.2).block("a.weight", 0.6).label == "block_punched m=4 n=1"  # above its ceiling
+
+
+def test_a_layer_that_gains_nothing_stays_dense(net: Net) -> None:
+    found = layers(es.capture(net, example()))
+    curves = {("a.weight", "column"): Curve(np.array([0.01, 1.0]), np.array([3.0, 3.0]))}
+    hand = LatencyModel({"a.weight": found["a.weight"]}, {"a.weight": 2.0}, curves, 0.0, 0.0, 1, 1)
+    assert Rule(hand, Damage({"a.weight": net.a.weight}, found)).spared()["a.weight"].name == "no gain"
+
+
+def test_reasons_survive_the_file(net: Net, model: LatencyModel, tmp_path: Path) -> None:
+    made = asked(net, model, speedup=1.5).plan
+    made.save(tmp_path / "plan.toml")
+    again = es.Plan.load(tmp_path / "plan.toml")
+    assert es.explain(again, "b.weight") == es.explain(made, "b") and "smallest block" in es.explain(again, "b")
+    with pytest.raises(UnknownNameError, match=r"fc\.weight"):
+        es.explain(made, "fd.weight")
+    assert "no reason" in es.explain(es.Plan.uniform("filter", 0.5), "b.weight")
+
+
+# -- targets ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("speedup", [1.2, 1.6, 2.0])
+def test_a_speedup_is_met_by_measurement(net: Net, model: LatencyModel, speedup: float) -> None:
+    made = asked(net, model, speedup=speedup)
+    assert made.measured_speedup == pytest.approx(speedup, rel=0.05)
+    graph = es.capture(net, example())
+    assert model.predict(made.plan.resolve(graph.sites())) == pytest.approx(made.predicted.latency_ms)
+
+
+def test_a_table_that_is_off_is_corrected(net: Net, model: LatencyModel) -> None:
+    """Pruned layers take 20 % longer in the network than the table says."""
+    clock = CountingClock()
+
+    def slower(graphs, threads):
+        whole, cut = clock(graphs, threads)
+        return [whole, type(cut)(cut.steps, 1.2 * cut.whole_ms)]
+
+    wanted = 1.5
+    made = propose(net, example(), Targets(speedup=wanted), latency=model, clock=slower)
+    assert made.measured_speedup == pytest.approx(wanted, rel=0.05)
+    assert made.predicted.latency_ms < 0.9 * made.dense.latency_ms / wanted
+
+
+def test_several_targets_at_once(net: Net, model: LatencyModel) -> None:
+    made = asked(net, model, speedup=1.5, macs=0.3, size_mb=0.012)
+    assert made.predicted.latency_ms <= made.dense.latency_ms / 1.5 * 1.03
+    assert made.predicted.macs <= 0.3 * made.dense.macs and made.predicted.size_mb <= 0.012
+    sites = es.capture(net, example()).sites()
+    others = sum(p.numel() for p in net.parameters()) - sum(site.weights for site in sites.values())
+    assert size_mb(sites, made.plan.resolve(sites), others) == pytest.approx(made.predicted.size_mb)
+
+
+def test_out_of_reach_says_what_is_reachable(net: Net, model: LatencyModel) -> None:
+    told: list[str] = []
+    with pytest.raises(Unreachable, match=r"latency_ms: asked .*, reachable") as error:
+        propose(net, example(), Targets(speedup=500), latency=model, clock=CountingClock(), tell=told.append)
+    assert error.value.least["latency_ms"] > 0 and "reachable" in told[0]
+    with pytest.raises(PlanError, match="ask for something"):
+        asked(net, model)
+    with pytest.raises(PlanError, match="needs held-out data"):
+        asked(net, model, max_drop=0.5)
+
+
+@pytest.mark.parametrize("wrong", [{"speedup": 0.5}, {"latency_ms": 0}, {"macs": -1}, {"size_mb": float("nan")}])
+def test_impossible_targets(wrong: dict[str, float]) -> None:
+    with pytest.raises(PlanError, match=r"speedup|latency_ms|macs|size_mb"):
+        Targets(**wrong)
+
+
+def test_limits_take_the_stricter() -> None:
+    assert Targets(speedup=2, latency_ms=3).limits(Cost(10, 1, 1)) == {"latency_ms": 3}
+    assert Targets(speedup=5, latency_ms=3).limits(Cost(10, 1, 1)) == {"latency_ms": 2}
+    assert Targets(macs=5e6).limits(Cost(10, 1, 1e9)) == {"macs": 5e6}
+
+
+def test_a_drop_alone_finds_the_fastest_that_is_allowed(net: Net, model: LatencyModel) -> None:
+    sites = es.capture(net, example()).sites()
+    harms = {site: [Harm(0.5, 1.0, 20.0), Harm(1.0, 2.0, 60.0)] for site in sites}
+    speeds = []
+    for drop in (0.5, 2.0, 8.0):
+        made = propose(net, example(), Targets(max_drop=drop), latency=model, harms=harms, clock=CountingClock())
+        assert made.predicted_drop is not None and made.predicted_drop <= drop
+        speeds.append(made.dense.latency_ms / made.predicted.latency_ms)
+    assert speeds == sorted(speeds) and speeds[2] > speeds[0]
+
+
+def test_what_was_measured_as_sensitive_is_pruned_less(net: Net, model: LatencyModel) -> None:
+    sites = es.capture(net, example()).sites()
+    harms = {s: [Harm(1.0, 1.0, 1.0)] for s in sites}
+    target = Targets(speedup=1.8)
+    for sensitive in ("a.weight", "b.weight"):
+        table = {**harms, sensitive: [Harm(1.0, 50.0, 50.0)]}
+        made = propose(net, example(), target, latency=model, harms=table, clock=CountingClock(), verify=False)
+        other = {"a.weight": "b.weight", "b.weight": "a.weight"}[sensitive]
+        assert made.choices[sensitive].density > made.choices[other].density
+
+
+# -- allocation -------------------------------------------------------------------------------------
+
+
+def test_allocation_is_near_the_best_of_all() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        table = {}
+        for site in "abcd":
+            costs = np.sort(rng.uniform(0.1, 1, 5))[::-1]
+            damage = np.cumsum(np.sort(rng.uniform(0, 1, 5)))
+            table[site] = Options(costs[:, None], damage - damage[0])
+        limit = np.array([sum(0.6 * t.costs[0, 0] + 0.4 * t.costs[-1, 0] for t in table.values())])
+        picked = allocate(table, ["ms"], np.zeros(1), limit)
+        ours = sum(table[s].damage[k] for s, k in picked.items())
+        assert sum(table[s].costs[k, 0] for s, k in picked.items()) <= limit[0] * (1 + 1e-6)
+        best = min(
+            sum(table[s].damage[k] for s, k in zip("abcd", ks))
+            for ks in np.ndindex(5, 5, 5, 5)
+            if sum(table[s].costs[k, 0] for s, k in zip("abcd", ks)) <= limit[0]
+        )
+        assert ours <= 1.6 * best + 1e-9
+
+
+def test_allocation_says_when_nothing_helps() -> None:
+    table = {"a": Options(np.array([[2.0, 1.0], [1.0, 3.0]]), np.array([0.0, 1.0]))}
+    with pytest.raises(Unreachable, match=r"exclude each other|reachable"):
+        allocate(table, ["ms", "mb"], np.zeros(2), np.array([1.5, 1.5]))
+
+
+# -- damage -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", ["weight", "column", "filter", "block_punched m=8 n=4", "pattern+kernel"])
+def test_errors_are_those_of_the_projection(label: str) -> None:
+    torch.manual_seed(0)
+    w, candidate = torch.randn(32, 16, 3, 3), find(label)
+    at = [min(d, candidate.ceiling) for d in (0.4, 0.25, 0.1)]
+    for density, error in zip(at, errors(candidate, w, 1, at)):
+        left = (w - candidate.at(density).project(w)).square().sum() / w.square().sum()
+        assert error == pytest.approx(float(left), abs=0.02)
+
+
+def test_errors_of_nothing() -> None:
+    assert errors(Candidate("filter"), torch.zeros(4, 4), 1, [0.5, 0.1]).tolist() == [0.0, 0.0]
+
+
+def test_plans_of_choices_resolve(net: Net, model: LatencyModel) -> None:
+    made = asked(net, model, speedup=1.7)
+    sites = es.capture(net, example()).sites()
+    schemes = plan_of(made.choices).resolve(sites)
+    assert set(schemes) == {s for s, c in made.choices.items() if c.candidate}

@@ -1,0 +1,208 @@
+"""Search: it finds what is known to be best, goes on bit for bit after a kill, and serves another target."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import espalier as es
+from espalier.errors import DataError, TrainingError, UnknownNameError
+from espalier.mapping import Cluster, Here, Log, Processes, Space, best, front, search, study
+from espalier.mapping.cluster import ray
+from espalier.mapping.space import Option
+
+SITES = tuple("abcdef")
+
+
+def toy() -> Space:
+    """Six layers with three choices each; dense takes 1 ms, so the fastest network takes 2.4."""
+    options = (Option(None, 1.0, 1.0), Option("weight", 0.5, 0.8), Option("column", 0.2, 0.4))
+    return Space(SITES, (options,) * len(SITES), 0.0)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What each choice loses: columns are harmless in a, b and c only. `pause`, `die`: for the tests of killing."""
+
+    pause: float = 0.0
+    die: str = ""
+
+    def __call__(self, plan: es.Plan) -> float:
+        time.sleep(self.pause)
+        if self.die and not Path(self.die).exists():
+            Path(self.die).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        lost = 0.0
+        for entry in plan.entries:
+            name = entry.scheme.name if entry.scheme else "dense"
+            lost += {"dense": 0.0, "weight": 0.5, "column": 0.2 if entry.match in "abc" else 4.0}[name]
+        return 92.0 - lost
+
+
+def test_the_policy_finds_the_best_plan(tmp_path: Path) -> None:
+    found = search(toy(), Table(), tmp_path / "t.jsonl", limit_ms=4.25, trials=160)
+    assert found.latency_ms <= 4.25 and found.accuracy >= 92 - 1.1 - 1e-9  # the best there is loses 0.6
+    rewards = [t.reward(4.25, 1.0) for t in Log(tmp_path / "t.jsonl", toy().name).trials]
+    assert np.mean(rewards[-40:]) > np.mean(rewards[:40]) + 5
+    schemes = toy().plan(found.picked).entries
+    assert {e.match for e in schemes if e.scheme and e.scheme.name == "column"} <= set("abc")
+
+
+def test_it_is_at_least_as_good_as_where_it_starts(tmp_path: Path) -> None:
+    start = (2, 2, 2, 0, 0, 0)
+    found = search(toy(), Table(), tmp_path / "t.jsonl", limit_ms=4.25, trials=3, start=start)
+    assert found.picked == start and Log(tmp_path / "t.jsonl", toy().name).trials[0].number == 0
+
+
+def test_a_finished_search_serves_another_target(tmp_path: Path) -> None:
+    file = tmp_path / "t.jsonl"
+    search(toy(), Table(), file, limit_ms=4.25, trials=120)
+    trials = Log(file, toy().name).trials
+    easier = best(trials, 5.0)
+    assert easier.latency_ms <= 5.0 and easier.accuracy >= best(trials, 4.25).accuracy
+    known = search(toy(), Table(), file, limit_ms=3.2, trials=16)
+    fresh = search(toy(), Table(), tmp_path / "u.jsonl", limit_ms=3.2, trials=16)
+    assert known.reward(3.2, 1) >= fresh.reward(3.2, 1)
+    assert len(Log(file, toy().name).trials) == 136
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_a_study_finds_the_front(tmp_path: Path, sampler: str) -> None:
+    file = tmp_path / "t.jsonl"
+    study(toy(), Table(), file, trials=30, sampler=sampler, start=(0,) * 6)
+    trials = study(toy(), Table(), file, trials=70, sampler=sampler)
+    assert len(trials) == 70
+    edge = front(trials)
+    assert edge[-1].accuracy == 92.0 and edge[0].latency_ms < 4.5
+    assert all(a.latency_ms < b.latency_ms and a.accuracy < b.accuracy for a, b in pairwise(edge))
+
+
+def test_searches_learn_from_each_other(tmp_path: Path) -> None:
+    file = tmp_path / "t.jsonl"
+    study(toy(), Table(), file, trials=24, sampler="tpe")
+    search(toy(), Table(), file, limit_ms=4.25, trials=8)
+    assert [t.source for t in Log(file, toy().name).trials].count("tpe") == 24
+    with pytest.raises(UnknownNameError, match="sampler"):
+        study(toy(), Table(), file, trials=1, sampler="grid")  # type: ignore[arg-type]
+
+
+# -- what is kept -----------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+from tests.mapping.test_search import Table, toy
+from espalier.mapping import search
+search(toy(), Table(pause=0.02), sys.argv[1], limit_ms=4.25, trials=24, population=4)
+"""
+
+
+def _told(file: Path) -> list[tuple]:
+    return [(t.number, t.picked, t.accuracy) for t in Log(file, toy().name).trials]
+
+
+def test_killed_and_resumed_it_chooses_what_it_would_have_chosen(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    search(toy(), Table(), whole, limit_ms=4.25, trials=24, population=4)
+    running = subprocess.Popen([sys.executable, "-c", SCRIPT, str(broken)], cwd=Path(__file__).parents[2])
+    deadline = time.monotonic() + 60
+    while not broken.exists() or broken.read_bytes().count(b"\n") < 7:
+        assert time.monotonic() < deadline and running.poll() is None
+        time.sleep(0.005)
+    running.kill()
+    running.wait()
+    before = _told(broken)
+    assert 6 <= len(before) < 24
+    search(toy(), Table(), broken, limit_ms=4.25, trials=24, population=4)
+    assert _told(broken) == _told(whole) and _told(broken)[: len(before)] == before
+
+
+def test_a_last_line_that_was_cut_off_is_forgotten(tmp_path: Path) -> None:
+    file = tmp_path / "t.jsonl"
+    search(toy(), Table(), file, limit_ms=4.25, trials=8)
+    data = file.read_bytes()
+    file.write_bytes(data[:-20])
+    assert len(Log(file, toy().name).trials) == 7
+    search(toy(), Table(), file, limit_ms=4.25, trials=8)
+    assert _told(file) == _told(file) and len(_told(file)) == 8
+
+
+def test_files_that_are_no_trials(tmp_path: Path) -> None:
+    file = tmp_path / "t.jsonl"
+    Log(file, "another")
+    with pytest.raises(DataError, match="another network"):
+        search(toy(), Table(), file, limit_ms=4.25, trials=1)
+    file.write_text(json.dumps({"space": toy().name}) + '\n{"source": 1}\n')
+    with pytest.raises(DataError, match="line 2"):
+        Log(file, toy().name)
+    with pytest.raises(DataError, match="no trial"):
+        best([], 1.0)
+    with pytest.raises(DataError, match="cannot be kept"):
+        Log("/dev/null/t.jsonl", "x")
+
+
+# -- where trials run -------------------------------------------------------------------------------
+
+
+def test_processes_do_what_one_does_and_one_that_dies_loses_no_trial(tmp_path: Path) -> None:
+    search(toy(), Table(), tmp_path / "a.jsonl", limit_ms=4.25, trials=8, population=4)
+    score = Table(die=str(tmp_path / "died"))
+    with Processes(2) as workers:
+        search(toy(), score, tmp_path / "b.jsonl", limit_ms=4.25, trials=8, population=4, workers=workers)
+        with pytest.raises(ValueError, match="this job"):
+            list(workers.run(_fails, [0]))
+    assert (tmp_path / "died").exists()
+    assert sorted(_told(tmp_path / "a.jsonl")) == sorted(_told(tmp_path / "b.jsonl"))
+
+
+def _dies(_job: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fails(_job: int) -> None:
+    raise ValueError("this job")
+
+
+def test_work_that_always_kills_its_process_is_an_error() -> None:
+    with pytest.raises(TrainingError, match="fewer workers"):
+        list(Processes(1, tries=1).run(_dies, [0]))
+
+
+def test_errors_of_the_work_come_through() -> None:
+    with pytest.raises(ValueError, match="this job"):
+        list(Here().run(_fails, [0]))
+
+
+def test_a_cluster_that_loses_a_machine_loses_no_trial(tmp_path: Path) -> None:
+    """Two workers of a local Ray cluster; one is killed in the middle of its trials."""
+    from ray.cluster_utils import Cluster as Local  # only here: importing it takes seconds
+
+    local = Local(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [local.add_node(num_cpus=1, include_dashboard=False) for _ in range(2)]
+    seen: list[int] = []
+
+    def kill_one(trial) -> None:
+        seen.append(trial.number)
+        if len(seen) == 2:
+            local.remove_node(nodes[0], allow_graceful=False)
+
+    try:
+        workers = Cluster(local.address)
+        found = search(
+            toy(), Table(pause=0.3), tmp_path / "t.jsonl", limit_ms=4.25, trials=8, workers=workers, tell=kill_one
+        )
+        search(toy(), Table(), tmp_path / "alone.jsonl", limit_ms=4.25, trials=8)
+        assert sorted(_told(tmp_path / "t.jsonl")) == sorted(_told(tmp_path / "alone.jsonl"))
+        assert found.accuracy > 0 and sorted(seen) == list(range(8))
+        with pytest.raises(ValueError, match="this job"):
+            list(workers.run(_fails, [0]))
+    finally:
+        ray.shutdown()
+        local.shutdown()
