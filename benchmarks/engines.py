@@ -32,8 +32,7 @@ import torch
 from torch import nn
 
 import espalier as es
-from espalier.runtime import rival
-from espalier.runtime.peak import peak_gflops
+from espalier.runtime import peak_gflops, rival
 from espalier.train import build, example_shape
 
 RESULTS = Path(__file__).parent / "results" / "engines.json"

@@ -23,8 +23,10 @@ ROOMS = [
     "store",
     "report",
     "workspace",
+    "planning",
     "phases",
     "compress",
+    "cli_mapping",
     "cli",
 ]
 NEVER = [("methods", "compiler"), ("compiler", "sparsity")]

@@ -50,6 +50,10 @@ ESP_API int esp_isa_supported(int i);
 /* The index of the one that esp_load would use now: the best, or what ESPALIER_ISA names. -1 with a message else. */
 ESP_API int esp_isa(char *message, size_t capacity);
 
+/* Billions of floating-point operations a second that this machine does on so many threads, at most: measured, in about
+ * a tenth of a second. 0 when it cannot be. */
+ESP_API double esp_peak_gflops(int32_t threads);
+
 /* Check `size` bytes and make a program of them; the bytes are copied. `message` gets the reason of a refusal. */
 ESP_API int esp_load(const void *bytes, size_t size, esp_program **program, char *message, size_t capacity);
 /* Free its contexts first. */

@@ -5,17 +5,19 @@
 #include <string.h>
 
 extern const esp_kernel_row esp_rows_baseline[];
+extern int64_t peak_baseline(int64_t, float *);
 #ifdef ESP_BUILD_X86
 extern const esp_kernel_row esp_rows_avx512[], esp_rows_avx2[];
+extern int64_t peak_avx512(int64_t, float *), peak_avx2(int64_t, float *);
 #endif
 
 const esp_isa_row esp_isas[] = {
 #ifdef ESP_BUILD_X86
-    {"avx512", ESP_HAS_AVX512 | ESP_HAS_AVX2 | ESP_HAS_FMA, esp_rows_avx512},
-    {"avx2", ESP_HAS_AVX2 | ESP_HAS_FMA, esp_rows_avx2},
+    {"avx512", ESP_HAS_AVX512 | ESP_HAS_AVX2 | ESP_HAS_FMA, esp_rows_avx512, peak_avx512},
+    {"avx2", ESP_HAS_AVX2 | ESP_HAS_FMA, esp_rows_avx2, peak_avx2},
 #endif
-    {"baseline", 0, esp_rows_baseline},
-    {NULL, 0, NULL},
+    {"baseline", 0, esp_rows_baseline, peak_baseline},
+    {NULL, 0, NULL, NULL},
 };
 
 uint32_t esp_machine_features(void)

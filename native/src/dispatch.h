@@ -20,6 +20,7 @@ typedef struct {
     const char *name;
     uint32_t features;
     const esp_kernel_row *rows; /* ends with op 0 */
+    int64_t (*peak)(int64_t rounds, float *result);
 } esp_isa_row;
 
 /* All instruction sets of this build, best first; ends with a NULL name. */

@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from espalier.cli_mapping import MAPPING_COMMANDS
 from espalier.compress import compress
 from espalier.errors import DataError, EspalierError
 from espalier.graph import capture, shrink
 from espalier.mapping import uniform
 from espalier.methods import get, start
-from espalier.report import size
-from espalier.runtime import bench, compile, machine, rival
+from espalier.report import BenchReport, size
+from espalier.runtime import bench, compile, layers, machine, peak_gflops, rival
 from espalier.store import info, load
 from espalier.train import DATA, Recipe, build, example_shape
 
@@ -35,6 +36,10 @@ def compress_command(
     data: str = "",
     density: float | None = None,
     plan: str | None = None,
+    speedup: float | None = None,
+    latency_ms: float | None = None,
+    size_mb: float | None = None,
+    macs: float | None = None,
     scheme: str = "filter+column",
     method: str = "admm",
     scheme_options: dict[str, Any] | None = None,
@@ -63,6 +68,10 @@ def compress_command(
         data: digits, mnist, cifar10, cifar100, folder:PATH, hub:NAME or synthetic:CxHxW:CLASSES
         density: kept share of conv and linear weights, 0..1
         plan: a plan file (TOML) instead of a density
+        speedup: or how many times faster than the dense network; schemes and densities are then found by rule
+        latency_ms: or milliseconds of one sample, at most
+        size_mb: or 10^6 bytes of stored weights, at most
+        macs: or useful multiply-accumulates, at most; below 1 a share of the dense ones
         scheme: what may die together; several joined by +
         method: how the weights get there
         scheme_options: such as {"m": 4, "n": 4}
@@ -146,8 +155,10 @@ def bench_command(
     batch: int = 1,
     rounds: int = 30,
     tune: bool = False,
+    json: str | None = None,
+    picture: str | None = None,
 ) -> None:
-    """Time a network on the engine, beside other engines in the same run.
+    """Time a network on the engine, beside other engines in the same run, and every step of it.
 
     Args:
         file_or_model: an .esp file, a name of the zoo, or package.module:factory
@@ -158,6 +169,8 @@ def bench_command(
         batch: samples at once
         rounds: measurements of each engine
         tune: measure on this machine which format runs each layer fastest, instead of estimating
+        json: a file for all figures
+        picture: a .svg or .html file for bars of engines and steps
     """
     names = [name.strip() for name in against.split(",") if name.strip()]
     rivals = {name: rival(name) for name in names}
@@ -174,17 +187,20 @@ def bench_command(
     for name, make in rivals.items():
         candidates[name] = make(dense.eval(), example, threads)
     timings = bench(candidates, rounds=rounds)
-    table = Table(title=f"{file_or_model}, batch {batch}, {threads} threads, {machine()['cpu']}")
-    for heading in ("engine", "median ms", "quartiles", "espalier is faster by"):
-        table.add_column(heading, justify="left" if heading == "engine" else "right")
-    ours = timings["espalier"].median_ms
-    for name, timing in timings.items():
-        quartiles = f"{timing.low_ms:.3f} .. {timing.high_ms:.3f}"
-        table.add_row(name, f"{timing.median_ms:.3f}", quartiles, f"{timing.median_ms / ours:.2f}x")
-    console = Console()
-    console.print(table)
-    for name in program.fallbacks:
-        console.print(f"runs through PyTorch: {name}")
+    facts = machine()
+    report = BenchReport(
+        f"{file_or_model}, batch {batch}, {threads} threads, {facts['cpu']}",
+        timings,
+        layers(program, example),
+        peak_gflops(threads),
+        {**facts, "threads": threads, "batch": batch, "density": density, "scheme": scheme},
+        program.fallbacks,
+    )
+    report.show(Console())
+    if json is not None:
+        report.write_json(json)
+    if picture is not None:
+        report.write_picture(picture)
 
 
 COMMANDS: dict[str, Any] = {
@@ -192,6 +208,7 @@ COMMANDS: dict[str, Any] = {
     "info": info_command,
     "run": run_command,
     "bench": bench_command,
+    **MAPPING_COMMANDS,
 }
 
 

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from espalier.errors import PlanError
 from espalier.graph import capture, shrink
-from espalier.mapping import uniform
+from espalier.mapping import Targets, uniform
 from espalier.methods import Method, get
 from espalier.phases import Job, Outcome
+from espalier.planning import TargetRow, one_way, planned, print_targets, target_rows
 from espalier.report import achieved, latencies, print_summary, size, sizes
 from espalier.runtime import machine
 from espalier.sparsity import Plan
@@ -58,6 +58,10 @@ def compress(
     out: str | Path,
     density: float | None = None,
     plan: Plan | str | Path | None = None,
+    speedup: float | None = None,
+    latency_ms: float | None = None,
+    size_mb: float | None = None,
+    macs: float | None = None,
     scheme: str = "filter+column",
     method: str | Method = "admm",
     scheme_options: dict[str, Any] | None = None,
@@ -84,6 +88,9 @@ def compress(
     data: a `Data`, or a name such as ``digits``, ``mnist``, ``cifar10``, ``folder:PATH``; `data_root` is its folder.
     out: the folder for model.esp, plan.toml, report.json and what a resumed run needs.
     density or plan: the kept share of weights (the `scheme` is then mapped by rule), or a plan or plan file.
+    speedup, latency_ms, size_mb, macs: or targets, one or several: times faster than the dense network on this engine;
+        milliseconds of one sample; 10^6 bytes of weights; multiply-accumulates (below 1: a share). Once the dense
+        network is trained, mapping by rule (`es.propose`) chooses scheme, block and density for every layer.
     method: how the weights are brought into the plan: a name of METHODS or a method.
     scheme_options, method_options: keyword options of both, where they are given by name.
     max_drop: points of accuracy that may be lost, read on held-out images of the training set with their standard error
@@ -108,10 +115,13 @@ def compress(
     if precision is not None:
         recipe = dataclasses.replace(recipe, precision=precision)
     processes = Processes(devices, num_nodes, strategy, accelerator)
+    targets = Targets(speedup, latency_ms, size_mb, macs, max_drop)
+    one_way(density, plan, targets)
     settings = {
         "model": model if isinstance(model, str) else type(model).__qualname__,
         "data": data if isinstance(data, str) else data.name,
         "density": density,
+        "targets": {k: v for k, v in targets.told().items() if k != "max_drop"},
         "plan": plan.to_toml() if isinstance(plan, Plan) else plan and Plan.load(plan).to_toml(),
         "scheme": scheme,
         "method": method if isinstance(method, str) else repr(method),
@@ -124,8 +134,6 @@ def compress(
         "recipe": dataclasses.asdict(recipe),
         "seed": seed,
     }
-    if (density is None) == (plan is None):
-        raise PlanError("say either density (--density 0.1) or plan (--plan FILE), and not both")
     seed_everything(seed)
     loaded = load_data(data, data_root) if isinstance(data, str) else data
     network = build(model, classes=loaded.classes) if isinstance(model, str) else copy.deepcopy(model)
@@ -136,24 +144,40 @@ def compress(
     graph = capture(network, example)
     if isinstance(plan, (str, Path)):
         plan = Plan.load(plan)
-    mapped = plan if isinstance(plan, Plan) else uniform(graph, density or 1.0, scheme, **(scheme_options or {}))
-    mapped.resolve(graph.sites())
+    mapped = plan if isinstance(plan, Plan) else None
+    if density is not None:
+        mapped = uniform(graph, density, scheme, **(scheme_options or {}))
+    if mapped is not None:
+        mapped.resolve(graph.sites())
     work = Workspace(out, settings, resume, launch(processes) if processes.world > 1 else None)
-    work.write_text("plan.toml", mapped.to_toml())
     if dense_epochs is None:
         dense_epochs = 0 if weights is not None or not isinstance(model, str) else epochs
-    job = Job(network, loaded, mapped, chosen, example, work, recipe, seed, epochs, dense_epochs, max_drop, processes)
+    first = mapped or Plan(())
+    job = Job(network, loaded, first, chosen, example, work, recipe, seed, epochs, dense_epochs, max_drop, processes)
+    known: dict[str, Any] | None = None
+    if mapped is None:
+        job.dense()
+        mapped, known = planned(work, network, loaded, targets, threads=threads or torch.get_num_threads())
+        job = dataclasses.replace(job, plan=mapped)
+    work.write_text("plan.toml", mapped.to_toml())
     outcome = job.run()
     small = shrink(network.eval(), example).eval()
-    report = work.team.first(lambda: _measured(job, outcome, small, density, threads))
+    report = work.team.first(lambda: _measured(job, outcome, small, density, known, threads))
     work.write_text("report.json", json.dumps(report, indent=1))
     if work.team.leads:
         print_summary(report, work.path)
+        if known is not None:
+            print_targets([TargetRow(**row) for row in report["targets"]["rows"]])
     return Result(small, report, work.path)
 
 
 def _measured(
-    job: Job, outcome: Outcome, small: nn.Module, density: float | None, threads: int | None
+    job: Job,
+    outcome: Outcome,
+    small: nn.Module,
+    density: float | None,
+    known: dict[str, Any] | None,
+    threads: int | None,
 ) -> dict[str, Any]:
     """Compile, save and measure: the report. The first process alone does it."""
     original = outcome.original
@@ -175,6 +199,9 @@ def _measured(
         "seed": job.seed,
     }
     report["achieved"] = achieved(report)
+    if known is not None:
+        rows = target_rows(known, report)
+        report["targets"] = {**known, "rows": [dataclasses.asdict(row) for row in rows]}
     return report
 
 

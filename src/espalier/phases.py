@@ -73,9 +73,12 @@ class Job:
 
     def run(self) -> Outcome:
         """Every phase in turn; the network ends shaped and retrained."""
-        dense = self.work.phase("dense", self._dense)
-        self.network.load_state_dict(dense["model"])
+        self.dense()
         return _Way(self, copy.deepcopy(self.network).eval()).go()
+
+    def dense(self) -> None:
+        """Train the dense network, or take it as it was trained; `run` does so first."""
+        self.network.load_state_dict(self.work.phase("dense", self._dense)["model"])
 
     def train(self, phase: str, epochs: int, run: Run | None, teacher: nn.Module | None) -> None:
         """So many epochs of the recipe; the dense network at its full learning rate and without a teacher."""

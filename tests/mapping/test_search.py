@@ -62,6 +62,15 @@ def test_it_is_at_least_as_good_as_where_it_starts(tmp_path: Path) -> None:
     assert found.picked == start and Log(tmp_path / "t.jsonl", toy().name).trials[0].number == 0
 
 
+def test_a_plan_becomes_a_choice_that_keeps_to_the_limit() -> None:
+    options = (Option(None, 1.0, 1.0), *(Option("column", d, d) for d in (0.5, 0.3, 0.2)), Option("weight", 0.5, 0.7))
+    space = Space(("a", "b"), (options, options), 0.1)
+    schemes = {"a": es.scheme("column", 0.42), "b": es.scheme("column", 0.27)}
+    assert space.nearest(schemes) == [1, 2] and space.latency_ms([1, 2]) == pytest.approx(0.9)
+    assert space.nearest(schemes, 0.85) == [1, 3] and space.nearest(schemes, 0.65) == [2, 3]
+    assert space.nearest(schemes, 0.01) == [3, 3] and space.nearest({"a": es.scheme("filter", 0.3)}) == [0, 0]
+
+
 def test_a_finished_search_serves_another_target(tmp_path: Path) -> None:
     file = tmp_path / "t.jsonl"
     search(toy(), Table(), file, limit_ms=4.25, trials=120)

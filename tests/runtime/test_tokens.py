@@ -153,6 +153,24 @@ def test_pixel_shuffle(check_network) -> None:
     check_network(layers, (3, 5, 6))
 
 
+def test_a_constant_among_what_is_joined() -> None:
+    """At a batch of one, a repeated token is a constant."""
+    token = nn.Parameter(torch.randn(1, 1, 6))
+    joined = Function(
+        lambda m, x: torch.cat([token.expand(1, -1, -1), m.inner[0](x).view(1, 5, 6)], 1), nn.Linear(6, 6)
+    )
+    x = torch.randn(1, 5, 6)
+    executable = compile(joined, x, threads=1)
+    assert executable.fallbacks == ()
+    torch.testing.assert_close(executable(x), joined(x))
+
+
+def test_compiling_in_inference_mode() -> None:
+    layer, x = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True).eval(), torch.randn(2, 5, 12)
+    with torch.inference_mode():
+        torch.testing.assert_close(compile(layer, x, threads=1)(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
 def test_weights_that_are_computed(check_network) -> None:
     check_network(weight_norm(nn.Linear(9, 5)), (9,))
     check_network(nn.Sequential(weight_norm(nn.Conv2d(3, 6, 3)), nn.ReLU()), (3, 8, 8))

@@ -59,7 +59,7 @@ def formats(matrix: np.ndarray, op: str) -> tuple[str, ...]:
 def stored(matrix: np.ndarray, name: str, reason: str) -> Choice:
     """`matrix` in the format of that name."""
     kind, height = name.split("/")
-    blocks = _dense(matrix, int(height)) if kind == "dense" else pack(matrix, int(height))
+    blocks = dense(matrix, int(height)) if kind == "dense" else pack(matrix, int(height))
     return Choice(blocks, name, reason)
 
 

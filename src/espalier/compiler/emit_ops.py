@@ -181,7 +181,7 @@ def concat(e: Emitter, node: Node) -> None:
         e.clear(y, f"{node.name}/margins")
     offset = y.offset
     for name in map(str, node.inputs):
-        x = _operand_place(e, name)
+        x = _part_place(e, name)
         part = Place(x.shape, y.strides, offset, y.storage)
         in_place = x.storage == y.storage and x.space == "arena" and x.offset == offset and x.strides == y.strides
         if not in_place and whole_planes and len(y.shape) <= 3:
@@ -191,11 +191,20 @@ def concat(e: Emitter, node: Node) -> None:
         offset += x.shape[dim] * y.strides[dim]
 
 
+def _part_place(e: Emitter, name: str) -> Place:
+    if name not in e.graph.tensors:
+        return e.places[name]
+    array = e.array(name)
+    assert array is not None
+    array = np.ascontiguousarray(array[0])  # the same for every sample
+    return Place(array.shape, dense_strides(array.shape), space="constant", constant=array)
+
+
 def _concat_target(e: Emitter, node: Node) -> Place:
     """In the order of the largest part, where that is turned."""
     value = node.outputs[0]
     shape = e.layout.shapes[value]
-    largest = max((_operand_place(e, str(name)) for name in node.inputs), key=lambda p: math.prod(p.shape))
+    largest = max((_part_place(e, str(name)) for name in node.inputs), key=lambda p: math.prod(p.shape))
     return target_like(e, value, replace(largest, shape=shape))
 
 

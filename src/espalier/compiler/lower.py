@@ -19,11 +19,15 @@ from espalier.graph.ir import Graph, Node
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a graph that runs in one go: by the engine (`program`), or by PyTorch (`reasons`: node -> why)."""
+    """Part of a graph that runs in one go: by the engine (`program`), or by PyTorch (`reasons`: node -> why).
+
+    code: the bytes of the program where they come from a file; its steps then have no arrays.
+    """
 
     graph: Graph
     program: Program | None = None
     reasons: tuple[tuple[str, str], ...] = ()
+    code: bytes = b""
 
 
 def lower(graph: Graph) -> Program:
@@ -55,7 +59,7 @@ def split(graph: Graph) -> tuple[Piece, ...]:
     reasons = {node.name: why_not(graph, node, batch, samples) for node in graph.nodes}
     pieces = []
     for native, nodes in _runs(graph, reasons):
-        part = _subgraph(graph, nodes)
+        part = subgraph(graph, nodes)
         why = tuple((n.name, reasons[n.name]) for n in nodes if reasons[n.name])
         if native and any(LOWERINGS[n.op].fresh for n in nodes) and not _strange_ends(part, batch):
             pieces.append(Piece(part, _program(fuse(part), batch)))
@@ -74,7 +78,7 @@ def native_nodes(graph: Graph) -> Iterator[tuple[Graph, Node]]:
 
 def alone(graph: Graph, node: Node) -> Graph:
     """The graph of one node of a fused graph."""
-    return _subgraph(replace(graph, outputs=()), [node], node.outputs)
+    return subgraph(replace(graph, outputs=()), [node], node.outputs)
 
 
 def program_of(graph: Graph) -> Program:
@@ -119,7 +123,7 @@ def _runs(graph: Graph, reasons: dict[str, str]) -> list[tuple[bool, list[Node]]
     return runs
 
 
-def _subgraph(graph: Graph, nodes: Sequence[Node], kept: Sequence[str] = ()) -> Graph:
+def subgraph(graph: Graph, nodes: Sequence[Node], kept: Sequence[str] = ()) -> Graph:
     """The graph of some nodes: inputs are what they read from outside, outputs what is read outside."""
     inside = {node.name for node in nodes}
     made = {name for node in nodes for name in node.outputs}

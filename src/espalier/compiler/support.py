@@ -137,9 +137,12 @@ def _binary(graph: Graph, node: Node) -> str:
 
 
 def _concat(graph: Graph, node: Node) -> str:
-    if any(n in graph.tensors for n in node.inputs):
-        return "a constant among its inputs"
-    rank = _rank(graph, node)
+    for tensor in (graph.tensors[str(n)] for n in node.inputs if n in graph.tensors):
+        if not tensor.is_floating_point() or bool((tensor != tensor[:1]).any()):
+            return "a constant that differs from sample to sample"
+    if all(n in graph.tensors for n in node.inputs):
+        return "all its inputs are constants"
+    rank = len(graph.values[node.outputs[0]].shape) - 1
     return "concatenation of samples" if node.attrs["dim"] in (0, -rank - 1) else ""
 
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from espalier.errors import CaptureError, ShapeError
 from espalier.graph.ir import Graph
-from espalier.graph.reader import FollowsBatchError, Program, is_op, read
+from espalier.graph.reader import FollowsBatchError, Program, is_op, is_open, read
 
 ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -108,7 +108,7 @@ def _export_with_free_batch(
         return None
     names = set(exported.graph_signature.user_inputs)
     inputs = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in names]
-    if alone and not all(isinstance(x.shape[0], torch.SymInt) for x in inputs if isinstance(x, Tensor) and x.ndim):
+    if alone and not all(is_open(x.shape[0]) for x in inputs if isinstance(x, Tensor) and x.ndim):
         return None  # it took two samples for granted
     return exported
 

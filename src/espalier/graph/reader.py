@@ -150,7 +150,7 @@ class _Reader:
 
     def _value(self, fx_name: str, name: str, meta: Any) -> str:
         shape = tuple(_size(s) for s in meta.shape)
-        batched = len(shape) > 0 and isinstance(meta.shape[0], torch.SymInt)
+        batched = len(shape) > 0 and is_open(meta.shape[0])
         self.values[name] = Value(name, shape, meta.dtype, batched)
         self.names[fx_name] = name
         return name
@@ -195,7 +195,7 @@ class _Reader:
         if any(self.names.get(source.name) not in self.stated for source in sources):
             return False
         sized = [s for m in (meta if isinstance(meta, (list, tuple)) else [meta]) for s in getattr(m, "shape", ())]
-        if any(isinstance(s, torch.SymInt) for s in sized):
+        if any(is_open(s) for s in sized):
             raise FollowsBatchError(f"{node.target} ({place_of(node)}) makes a tensor whose size follows the batch")
         if torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr]
             raise CaptureError(f"{node.target} ({place_of(node)}) draws random numbers: give them to it as an input")
@@ -268,7 +268,7 @@ class _Reader:
     ) -> tuple[str, list[str | None], dict[str, Any]]:
         """Attributes that depend on sizes, said by sizes: what follows the batch becomes -1."""
         if op in ("reshape", "expand"):
-            shape = [-1 if isinstance(s, torch.SymInt) else int(s) for s in meta.shape]
+            shape = [-1 if is_open(s) else int(s) for s in meta.shape]
             if shape.count(-1) > 1:
                 raise NotImplementedError("a shape in which two sizes follow the batch")
             attrs["shape"] = shape
@@ -315,6 +315,11 @@ def _checked(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise NotImplementedError(f"attribute {value}")
+
+
+def is_open(size: Any) -> bool:
+    """Whether a size is free: a symbol that nothing on the way bound to a number."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def _size(size: Any) -> int:

@@ -13,7 +13,7 @@ from espalier.graph.ir import Graph
 from espalier.runtime import compile
 from espalier.runtime.executable import Executable
 
-LEAST, MOST, SECONDS = 9, 60, 0.1  # rounds of one program: as many as fill the time, within these bounds
+LEAST, MOST, SECONDS = 5, 60, 0.1  # rounds of one program: as many as fill the time, within these bounds
 QUANTILE = 0.25  # the median of the faster half: what other programs add to the slower half is not the network's
 
 

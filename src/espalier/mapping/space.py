@@ -11,7 +11,7 @@ from espalier.mapping.candidates import find
 from espalier.mapping.latency import LatencyModel, label_of
 from espalier.sparsity import Entry, Plan, Scheme
 
-DENSITIES = (0.7, 0.5, 0.35, 0.25, 0.15, 0.1)
+DENSITIES = (0.7, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.07, 0.05)
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,11 @@ class Space:
         why = "search: part of the best trial found"
         return Plan(tuple(Entry(s, each[k].scheme(), why=why) for s, each, k in zip(self.sites, self.options, picked)))
 
-    def nearest(self, schemes: Mapping[str, Scheme]) -> list[int]:
-        """The choice that comes closest to a resolved plan: same scheme where there is one, nearest density."""
+    def nearest(self, schemes: Mapping[str, Scheme], limit_ms: float | None = None) -> list[int]:
+        """The choice that comes closest to a resolved plan: same scheme where there is one, nearest density.
+
+        limit_ms: what rounding added above it is taken back, by the smallest steps in density.
+        """
         picked = []
         for site, each in zip(self.sites, self.options):
             wanted = schemes.get(site)
@@ -60,7 +63,20 @@ class Space:
             else:
                 target = wanted.density
                 picked.append(min(same, key=lambda k: abs(each[k].density - target)))
+        while limit_ms is not None and self.latency_ms(picked) > limit_ms:
+            steps = [(self._lower(s, k), s) for s, k in enumerate(picked)]
+            possible = [(self.options[s][picked[s]].density - self.options[s][k].density, s, k) for k, s in steps if k]
+            if not possible:
+                break
+            _, at, lower = min(possible)
+            picked[at] = lower
         return picked
+
+    def _lower(self, site: int, k: int) -> int:
+        """The option of the same scheme with the next lower density, 0 where there is none."""
+        each, now = self.options[site], self.options[site][k]
+        below = [j for j, o in enumerate(each) if o.label == now.label and o.density < now.density and o.ms < now.ms]
+        return max(below, key=lambda j: each[j].density, default=0)
 
 
 def space_of(

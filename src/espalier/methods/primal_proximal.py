@@ -27,10 +27,10 @@ class PrimalProximal(Method):
 
     ``Z_g = max(0, 1 - lambda_g / (rho ||W_g||)) W_g`` with ``lambda_g / rho = threshold / (||W_g||^2 + eps)``, where
     the norms are in relation to their root mean square in the layer, and the weighting is refreshed at `milestones`:
-    groups that matter are hardly penalised. For other snaps than zero the same happens to what a snap takes away. Of a group
-    that Z has lost the final mask loses all: rows of one copy and columns of the other.
+    groups that matter are hardly penalised. For other snaps than zero the same happens to what a snap takes away. Of a
+    group that Z has lost the final mask loses all: rows of one copy and columns of the other.
 
-    Our reading: towards `until` the threshold turns from soft to hard, so that the groups that live get back their size.
+    Our reading: towards `until` the threshold turns from soft to hard, so that living groups get back their size.
 
     threshold: where a rule has no density, lambda / rho once the ramp is over; the densities come out.
     until: the share of the run after which threshold or density is reached. Where a rule has a density, lambda is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 import sys
 import sysconfig
@@ -26,6 +27,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "esp_isa_name": (c_char_p, [c_int]),
     "esp_isa_supported": (c_int, [c_int]),
     "esp_isa": (c_int, [c_char_p, c_size_t]),
+    "esp_peak_gflops": (c_double, [c_int32]),
     "esp_load": (c_int, [c_char_p, c_size_t, POINTER(c_void_p), c_char_p, c_size_t]),
     "esp_free": (None, [c_void_p]),
     "esp_workspace_size": (c_int64, [c_void_p]),
@@ -109,6 +111,20 @@ def isa() -> str:
     if number < 0:
         raise EngineError(message.value.decode(errors="replace"), 5)
     return isas()[number].name
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Of the native library: what was compiled for another one is compiled again."""
+    return hashlib.sha256(library_path().read_bytes()).hexdigest()
+
+
+def peak_gflops(threads: int = 1) -> float:
+    """Billions of floating-point operations a second that this machine can do at most, measured on `threads` threads.
+
+    A multiply-add is two. Of the instruction set that `isa` names.
+    """
+    return float(_library().esp_peak_gflops(threads))
 
 
 class LoadedProgram:

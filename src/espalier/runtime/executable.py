@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from espalier.compiler.blocks import choosing
 from espalier.compiler.lower import Piece, batch_of, split
+from espalier.compiler.program import Step
 from espalier.errors import ShapeError
 from espalier.graph.capture import ExampleInputs, capture
 from espalier.graph.interpret import assemble, run_values
@@ -21,6 +23,8 @@ from espalier.graph.ir import Graph
 from espalier.graph.module import to_module
 from espalier.runtime.engine import Context, LoadedProgram
 from espalier.runtime.tune import tuned
+
+MOST_SAMPLES = 2**31 - 1  # in one call, as in esp_run
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class _Native:
     def __init__(self, piece: Piece, threads: int) -> None:
         assert piece.program is not None
         self.program, self.threads = piece.program, threads
-        self.loaded = LoadedProgram(piece.program.to_bytes())
+        self.loaded = LoadedProgram(piece.code or piece.program.to_bytes())
         self.inputs, self.outputs = piece.graph.inputs, piece.graph.outputs
         self.idle: list[Context] = [Context(self.loaded, threads)]
 
@@ -82,8 +86,11 @@ class _Torch:
         self.graph = piece.graph
 
     def __call__(self, values: dict[str, Any], batch: int, times: defaultdict[str, float] | None) -> None:
+        start = time.perf_counter()
         with torch.no_grad():
             found = run_values(self.graph, [torch.as_tensor(values[name]) for name in self.graph.inputs])
+        if times is not None:  # of all that runs here, under the name of the first
+            times[self.graph.nodes[0].name] += (time.perf_counter() - start) * 1e3
         values.update({name: found[name] for name in self.graph.outputs})
 
 
@@ -94,14 +101,25 @@ class Executable:
     fallbacks: what PyTorch runs, as "node (op): why".
     """
 
-    def __init__(self, graph: Graph, threads: int | None = None, tune: bool = False) -> None:
-        """Raises EngineError when the native library is missing or refuses."""
+    def __init__(
+        self,
+        graph: Graph,
+        threads: int | None = None,
+        tune: bool = False,
+        pieces: tuple[Piece, ...] | None = None,
+    ) -> None:
+        """pieces: of the graph, where they are known already. tune: see `compile`.
+
+        Raises EngineError when the native library is missing or refuses."""
         self.graph = graph
         self.threads = threads or os.cpu_count() or 1
         if self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
-        with choosing(tuned(graph, self.threads) if tune else None):
-            self._pieces = split(graph)
+        if pieces is None:
+            # views are told from copies, also inside the caller's inference mode
+            with torch.inference_mode(False), torch.no_grad(), choosing(tuned(graph, self.threads) if tune else None):
+                pieces = split(graph)
+        self._pieces = pieces
         self._batch = batch_of(graph)
         self._runners = [_Native(p, self.threads) if p.program else _Torch(p) for p in self._pieces]
 
@@ -118,7 +136,7 @@ class Executable:
         return self._run(inputs, named, None)
 
     def profile(self, *inputs: Any, **named: Any) -> dict[str, float]:
-        """Milliseconds of every native step, by name, in one run on `inputs`."""
+        """Milliseconds of every step by name in one run on `inputs`; what PyTorch runs stands under its first node."""
         times: defaultdict[str, float] = defaultdict(float)
         self._run(inputs, named, times)
         return dict(times)
@@ -137,6 +155,25 @@ class Executable:
                 for node in piece.graph.nodes:
                     rows.append(StepRow(node.name, node.op, "torch", "", why.get(node.name, "beside others"), 0, 0))
         return rows
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The parts that run one after the other."""
+        return self._pieces
+
+    @property
+    def max_batch(self) -> int:
+        """The most samples that one call takes; a network that was written for one batch size takes that one only."""
+        free = any(self.graph.values[name].batched for name in self.graph.inputs)
+        return MOST_SAMPLES if free else self._batch
+
+    def loaded(self) -> list[tuple[Piece, LoadedProgram]]:
+        """The native pieces, with their programs in the engine."""
+        return [(p, r.loaded) for p, r in zip(self._pieces, self._runners) if isinstance(r, _Native)]
+
+    def steps(self) -> list[Step]:
+        """The native steps, in order."""
+        return [step for piece in self._pieces if piece.program for step in piece.program.steps]
 
     def to_module(self) -> nn.Module:
         """An ordinary PyTorch module that computes the same."""

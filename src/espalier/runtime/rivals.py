@@ -6,7 +6,11 @@ example and gives its (first) output, a tensor or an array that the next call ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 
 import numpy as np
 import torch
@@ -69,9 +73,23 @@ def _onnx(module: nn.Module, example: Tensor) -> bytes:
     """The module as ONNX bytes."""
     if onnxscript is None:
         raise MissingExtraError("onnxscript", "rivals")
-    program = torch.onnx.export(module.eval(), (example,), dynamo=True, verbose=False)
+    with _silence():
+        program = torch.onnx.export(module.eval(), (example,), dynamo=True, verbose=False)
     assert program is not None
     return program.model_proto.SerializeToString()
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without what the exporter says about itself and about packages that are not there."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _onnxruntime(module: nn.Module, example: Tensor, threads: int) -> Callable[[], object]:

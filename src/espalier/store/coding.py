@@ -55,7 +55,7 @@ def _zipped(data: bytes) -> bytes:
     return min(fast, zstandard.ZstdCompressor(level=THOROUGH).compress(data), key=len)
 
 
-def _unzipped(data: bytes, size: int) -> bytes:
+def unzipped(data: bytes, size: int) -> bytes:
     """Exactly `size` bytes. The frame's own claim is not believed, so it cannot ask for more memory than that."""
     try:
         with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(data) as stream:
@@ -74,7 +74,7 @@ def _dense(words: np.ndarray) -> bytes:
 
 
 def _from_dense(data: bytes, dtype: np.dtype, count: int) -> np.ndarray:
-    raw = _unzipped(data, count * dtype.itemsize)
+    raw = unzipped(data, count * dtype.itemsize)
     planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, count)
     return np.ascontiguousarray(planes.T).reshape(-1).view(dtype)
 
@@ -115,7 +115,7 @@ def _sparse(
             raise ValueError("a sparse tensor's positions and values do not agree")
         out = np.zeros(count, dtype)
         if signs:
-            bits = np.frombuffer(_unzipped(signs, -(-(count - living) // 8)), np.uint8)
+            bits = np.frombuffer(unzipped(signs, -(-(count - living) // 8)), np.uint8)
             out[~alive] = np.unpackbits(bits, count=count - living) * _sign(dtype)
         out[alive] = _from_dense(data[values:], dtype, living)
         return out
@@ -162,7 +162,7 @@ def _from_gaps(data: bytes, count: int, living: int) -> np.ndarray:
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > count // 255 + living:
         raise ValueError("gaps of an impossible size")
-    stream = np.frombuffer(_unzipped(data[8:], size), np.uint8)
+    stream = np.frombuffer(unzipped(data[8:], size), np.uint8)
     ends = np.flatnonzero(stream != 255)
     if len(ends) != living or (size and stream[-1] == 255):
         raise ValueError("a sparse tensor's gaps and values do not agree")

@@ -2,7 +2,9 @@
 
     "ESPALIER" | version u32 | length of the manifest u32 | SHA-256 of the manifest | manifest (JSON) | sections
 
-The manifest holds the graph's structure and, for every tensor, shape, dtype, coding, place, size and SHA-256.
+The manifest holds the graph's structure and, for every tensor, shape, dtype, coding, place, size and SHA-256. A file of
+a compiled network also holds its programs, in sections behind the tensors, for the engine that they were made for; with
+another one the network is compiled again.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import zstandard
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError, FileFormatError, ShapeError
 from espalier.graph import ExampleInputs, Graph, capture
 from espalier.graph.serial import DTYPES, LARGEST, MOST_RANK, from_json, to_json
-from espalier.runtime import Executable, compile
-from espalier.store.coding import CODINGS, encode
+from espalier.runtime import Executable, compile, dump, fingerprint, restore
+from espalier.store.coding import CODINGS, encode, unzipped
 from espalier.store.soundness import check_sound
 from espalier.store.writing import write_whole
 
@@ -58,7 +61,7 @@ class FileInfo:
 
 
 def save(
-    model: nn.Module | Graph,
+    model: nn.Module | Graph | Executable,
     example_inputs: ExampleInputs | None,
     path: str | Path,
     *,
@@ -66,13 +69,17 @@ def save(
 ) -> None:
     """Write what `model` computes in eval mode, with its weights, to one ``.esp`` file; whole or not at all.
 
-    example_inputs: what to capture a module with; a graph needs none. metadata: plain JSON values to go along.
+    model: a module, a graph, or a compiled network, which the same engine then loads without compiling it again.
+    example_inputs: what to capture a module with; the others need none. metadata: plain JSON values to go along.
 
     Raises CaptureError for a network that cannot be captured, FileFormatError for a tensor or metadata that cannot be
     stored, a path that cannot be written or a disk that is full; the file that was there stays whole then.
 
     >>> es.save(model, torch.randn(1, 3, 224, 224), "model.esp", metadata={"top1": 0.761})
     """
+    programs = _packed_programs(model) if isinstance(model, Executable) else []
+    if isinstance(model, Executable):
+        model = model.graph
     if not isinstance(model, Graph):
         if example_inputs is None:
             raise ShapeError("save needs example inputs for a module: save(model, torch.randn(1, 3, 224, 224), path)")
@@ -84,6 +91,12 @@ def save(
         sections.append(data)
         place += len(data)
     manifest = {"graph": to_json(model), "tensors": rows, "metadata": dict(metadata or {})}
+    if programs:
+        manifest["programs"] = {"engine": fingerprint(), "pieces": [row for row, _ in programs]}
+        for row, data in programs:
+            row["offset"] = place
+            sections.append(data)
+            place += len(data)
     try:
         text = json.dumps(manifest, separators=(",", ":"), allow_nan=True).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -99,8 +112,12 @@ def load(path: str | Path, *, threads: int | None = None) -> Executable:
 
     >>> es.load("model.esp")(torch.randn(1, 3, 224, 224))
     """
-    graph = load_graph(path)
+    manifest, body = _read(path)
+    graph = _graph(path, manifest, body)
+    programs = manifest.get("programs")
     try:
+        if programs is not None and programs["engine"] == fingerprint():
+            return _restored(path, graph, programs, body, threads)
         return compile(graph, threads=threads)
     except EspalierError:
         raise  # of this machine, not of the file
@@ -147,6 +164,15 @@ def _packed(name: str, tensor: Tensor, path: str | Path) -> tuple[dict[str, Any]
     return row, data
 
 
+def _packed_programs(program: Executable) -> list[tuple[dict[str, Any], bytes]]:
+    made = []
+    for row, code in dump(program):
+        data = zstandard.ZstdCompressor(level=1).compress(code) if code else b""
+        digest = hashlib.sha256(data).hexdigest()
+        made.append(({**row, "size": len(data), "unpacked": len(code), "sha256": digest}, data))
+    return made
+
+
 # -- reading ---------------------------------------------------------------------------------------
 
 
@@ -182,7 +208,9 @@ def _read(path: str | Path) -> tuple[dict[str, Any], memoryview]:
     except (ValueError, KeyError, RecursionError) as error:
         raise FileFormatError(path, f"has a manifest that cannot be read: {error}") from None
     body = memoryview(data)[_HEAD + length :]
-    if not sound or _extent(manifest["tensors"], path) != len(body):
+    programs: Any = manifest.get("programs", {"engine": "", "pieces": []}) if sound else None
+    sound = isinstance(programs, dict) and isinstance(programs.get("pieces"), list) and "engine" in programs
+    if not sound or _extent([*manifest["tensors"], *programs["pieces"]], path) != len(body):
         raise FileFormatError(path, f"is cut off or padded: {len(body)} bytes of tensors do not fit its manifest")
     return manifest, body
 
@@ -204,13 +232,33 @@ def _extent(rows: list[Any], path: str | Path) -> int:
             or row["size"] < 0
             or row.get("offset") != place
         ):
-            raise FileFormatError(path, f"tensor {_name(row)} has no sound place in it")
+            raise FileFormatError(path, f"tensor or program {_name(row)} has no sound place in it")
         place += row["size"]
     return place
 
 
 def _name(row: Any) -> str:
     return repr(row.get("name"))[:80] if isinstance(row, dict) else "?"
+
+
+def _restored(
+    path: str | Path, graph: Graph, programs: Mapping[str, Any], body: memoryview, threads: int | None
+) -> Executable:
+    """The network with the programs of the file. Raises FileFormatError for programs that are not its own."""
+    room, pieces = max(_UNPACKED, _EXPANSION * len(body)), []
+    try:
+        for row in programs["pieces"]:
+            data = bytes(body[row["offset"] : row["offset"] + row["size"]])
+            if hashlib.sha256(data).hexdigest() != row["sha256"]:
+                raise ValueError("the checksum of a program is wrong")
+            size = row["unpacked"]
+            if type(size) is not int or not 0 <= size <= room:
+                raise ValueError(f"a program of {size!r:.40} bytes")
+            room -= size
+            pieces.append((row, unzipped(data, size) if size else b""))
+        return restore(graph, pieces, threads)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(path, f"its programs are damaged: {error}") from error
 
 
 def _graph(path: str | Path, manifest: dict[str, Any], body: memoryview) -> Graph:
