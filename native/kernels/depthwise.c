@@ -4,6 +4,7 @@
  * are skipped. Square windows of the usual sizes at stride 1 and 2 make some output rows at once, so that an input
  * vector is loaded once for all rows that it meets; every other window takes the general way. An output is the sum of its
  * taps in the order of the window whichever way it is made, so results do not depend on tile or thread. */
+#include <math.h>
 #include <stdbool.h>
 
 #include "activate.h"
@@ -19,15 +20,44 @@ typedef struct {
     float bias;
 } channel;
 
-/* `count` pixels of output */
-ESP_INLINE void finish(vec sum, float *to, const float *residual, int kind, float a, float b, int count)
+/* What follows a sum: limits that leave it as it is where there is no activation, or an activation that is called for. */
+typedef struct {
+    vec low, high;
+    float a, b;
+    int kind; /* ESP_LINEAR_ACT: the limits are all */
+} ending;
+
+ESP_INLINE ending ending_of(const esp_step *s)
 {
-    if (residual) sum += count == ESP_WIDTH ? load(residual) : load_lanes(residual, lanes_between(0, count));
-    sum = activate(sum, kind, a, b);
-    if (count == ESP_WIDTH)
-        store(to, sum);
-    else
-        store_part(to, sum, count);
+    const bool clamp = s->activation == ESP_CLAMP, none = s->activation == ESP_LINEAR_ACT;
+    return (ending){splat(clamp ? s->act_a : -INFINITY), splat(clamp ? s->act_b : INFINITY), s->act_a, s->act_b,
+        clamp || none ? ESP_LINEAR_ACT : s->activation};
+}
+
+/* `count` pixels of R rows of output; the compiler would keep the places of all rows if it could see them */
+ESP_INLINE void finish(const int R, vec *acc, const ending *e, float *to, int64_t stride, const float *residual,
+    int64_t residual_stride, int count)
+{
+    if (residual) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++, residual += residual_stride)
+            acc[r] += count == ESP_WIDTH ? load(residual) : load_lanes(residual, lanes_between(0, count));
+    }
+    if (e->kind == ESP_LINEAR_ACT) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) acc[r] = vmin(e->high, vmax(e->low, acc[r]));
+    } else {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) acc[r] = activate(acc[r], e->kind, e->a, e->b);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++, to += stride) {
+        if (count == ESP_WIDTH)
+            store(to, acc[r]);
+        else
+            store_part(to, acc[r], count);
+        ESP_HIDE(to);
+    }
 }
 
 /* Rows y..y+R for a K x K window at stride S. */
@@ -37,13 +67,14 @@ ESP_INLINE void band(const int K, const int S, const int R, const channel *c, in
     const esp_step *s = c->step;
     const int64_t width = s->a.size[3], row_stride = s->a.stride[2], out_width = s->out.size[3];
     const int64_t out_stride = s->out.stride[2], residual_stride = s->b.stride[2], pad = s->param[DEPTHWISE_PAD_X];
-    const int64_t top = y * S - s->param[DEPTHWISE_PAD_Y], height = s->a.size[2];
+    const int64_t top = y * S - s->param[DEPTHWISE_PAD_Y], rest = s->a.size[2] - top;
     const float *residual = c->residual ? c->residual + y * residual_stride : NULL, *in = c->in + top * row_stride;
     float *out = c->out + y * out_stride;
-    const float a = s->act_a, b = s->act_b;
-    const int kind = s->activation, lines = (R - 1) * S + K;
+    const ending e = ending_of(s);
+    const int lines = (R - 1) * S + K, first = top < 0 ? (top < -lines ? lines : (int)-top) : 0;
+    const int last = rest < lines ? (rest < 0 ? 0 : (int)rest) : lines; /* lines first..last - 1 lie in the image */
     const int loads = S == 1 ? K : 2 * ((K + 1) / 2); /* stride 2: pairs of vectors give an even and an odd tap */
-    const bool whole = top >= 0 && top + lines <= height;
+    const bool whole = first == 0 && last == lines;
     vec w[49];
 #pragma GCC unroll 49
     for (int k = 0; k < K * K; k++) {
@@ -54,23 +85,26 @@ ESP_INLINE void band(const int K, const int S, const int R, const channel *c, in
     for (int64_t x = 0; x < out_width; x += ESP_WIDTH) {
         const int count = out_width - x < ESP_WIDTH ? (int)(out_width - x) : ESP_WIDTH;
         const int64_t left = x * S - pad, right = left + (S == 1 ? ESP_WIDTH + K - 1 : 2 * ESP_WIDTH + loads - 2);
+        const float *line = in;
         vec acc[8];
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) acc[r] = bias;
 #define LINES(EDGE, LOAD) \
     _Pragma("GCC unroll 24") for (int i = 0; i < lines; i++) \
     { \
-        if (EDGE && (top + i < 0 || top + i >= height)) continue; \
-        const float *line = in + i * row_stride; \
-        vec raw[8], taps[8]; \
-        _Pragma("GCC unroll 8") for (int l = 0; l < loads; l++) raw[l] = LOAD; \
-        _Pragma("GCC unroll 8") for (int k = 0; k < K; k++) taps[k] = \
-            S == 1 ? raw[k] : k % 2 ? odd(raw[k - 1], raw[k]) : even(raw[k], raw[k + 1]); \
-        _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) \
-        { \
-            if (i < r * S || i >= r * S + K) continue; \
-            _Pragma("GCC unroll 8") for (int k = 0; k < K; k++) acc[r] += w[(i - r * S) * K + k] * taps[k]; \
+        if (!EDGE || (i >= first && i < last)) { \
+            vec raw[8], taps[8]; \
+            _Pragma("GCC unroll 8") for (int l = 0; l < loads; l++) raw[l] = LOAD; \
+            _Pragma("GCC unroll 8") for (int k = 0; k < K; k++) taps[k] = \
+                S == 1 ? raw[k] : k % 2 ? odd(raw[k - 1], raw[k]) : even(raw[k], raw[k + 1]); \
+            _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) \
+            { \
+                if (i < r * S || i >= r * S + K) continue; \
+                _Pragma("GCC unroll 8") for (int k = 0; k < K; k++) acc[r] += w[(i - r * S) * K + k] * taps[k]; \
+            } \
         } \
+        line += row_stride; \
+        ESP_HIDE(line); \
     }
         if (whole && left >= 0 && right <= width) {
             LINES(false, load(line + left + (S == 1 ? l : l / 2 * 2 + l % 2 * ESP_WIDTH)))
@@ -82,10 +116,7 @@ ESP_INLINE void band(const int K, const int S, const int R, const channel *c, in
             LINES(true, load_lanes(line + reaches[l].at, reaches[l].inside))
         }
 #undef LINES
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-            finish(acc[r], out + r * out_stride + x, residual ? residual + r * residual_stride + x : NULL, kind, a, b,
-                count);
+        finish(R, acc, &e, out + x, out_stride, residual ? residual + x : NULL, residual_stride, count);
     }
 }
 
@@ -96,6 +127,7 @@ static void row_of_any(const channel *c, int64_t y)
 {
     const esp_step *s = c->step;
     const int64_t *p = s->param, stride = p[DEPTHWISE_STRIDE_X], width = s->a.size[3];
+    const ending e = ending_of(s);
     for (int64_t x = 0; x < s->out.size[3]; x += ESP_WIDTH) {
         const int64_t count = s->out.size[3] - x < ESP_WIDTH ? s->out.size[3] - x : ESP_WIDTH;
         vec acc = splat(c->bias);
@@ -116,8 +148,8 @@ static void row_of_any(const channel *c, int64_t y)
                 acc += splat(weights[k]) * pixels;
             }
         }
-        finish(acc, c->out + y * s->out.stride[2] + x, c->residual ? c->residual + y * s->b.stride[2] + x : NULL,
-            s->activation, s->act_a, s->act_b, (int)count);
+        finish(1, &acc, &e, c->out + y * s->out.stride[2] + x, 0,
+            c->residual ? c->residual + y * s->b.stride[2] + x : NULL, 0, (int)count);
     }
 }
 

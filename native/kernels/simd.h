@@ -39,6 +39,9 @@ ESP_INLINE vec splat(float x) { return x - (vec){0}; }
 #define ESP_KEEP(v) ((void)0)
 #endif
 
+/* Have the compiler know nothing of a pointer, so that it does not work out all that will follow from it beforehand. */
+#define ESP_HIDE(pointer) __asm__("" : "+r"(pointer))
+
 /* where the mask is set a, else b */
 ESP_INLINE vec choose(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
 
