@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from espalier.errors import UnknownNameError
+from espalier.errors import MissingExtraError, UnknownNameError
 from espalier.mapping.policy import Policy
 from espalier.mapping.space import Space
 from espalier.mapping.trials import Log, Trial, best

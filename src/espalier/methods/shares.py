@@ -1,4 +1,4 @@
-"""Shares: how many groups every rule is to leave alive, by its own density or by one threshold for the whole network."""
+"""Shares: how many groups every rule is to leave alive, by its own density or by one threshold for all."""
 
 from __future__ import annotations
 
