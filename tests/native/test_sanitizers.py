@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from espalier.compiler import depth_first
+from espalier.compiler import depth_first, emit_winograd
 from espalier.compiler.lower import lower
 from espalier.compiler.program import STEP_OPS
 from espalier.graph.capture import capture
@@ -77,6 +77,20 @@ class Pools(nn.Module):
         return *made, x.softmax(-1), x.mean((2, 3)), F.adaptive_avg_pool2d(x, 3), x * x[:, :, :, 2:3]
 
 
+class Tokens(nn.Module):
+    """Attention over tokens, and up-sampling of what comes out of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv = nn.LayerNorm(12), nn.Linear(12, 36)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        made = F.scaled_dot_product_attention(q, k, v).reshape(-1, 3, 7, 4)
+        large = F.interpolate(made, scale_factor=2, mode="bilinear")
+        return large, F.interpolate(made, scale_factor=3), q @ k.transpose(1, 2)
+
+
 NETWORKS = {
     "everything": (Everything, (3, 13, 12)),
     "sparse": (lambda: sparse(nn.Sequential(nn.Conv2d(8, 37, 3, padding=1), nn.Conv2d(37, 5, 1)), 0.2), (8, 15, 17)),
@@ -84,6 +98,8 @@ NETWORKS = {
     "groups": (lambda: inverted(44, 2), (4, 30, 31)),
     "strided": (strided, (3, 33, 31)),
     "pools": (Pools, (3, 19, 43)),
+    "winograd": (lambda: nn.Sequential(nn.Conv2d(33, 40, 3, padding=1), nn.Conv2d(40, 35, 3, padding=1)), (33, 21, 18)),
+    "attention": (Tokens, (7, 12)),
     "tokens": (lambda: nn.Sequential(nn.Linear(12, 33), nn.GELU(), nn.Linear(33, 12)), (7, 12)),
     "heavy": (lambda: nn.Sequential(nn.Linear(70, 3900), nn.ReLU(), nn.Linear(3900, 70)), (70,)),
     "line": (lambda: nn.Sequential(nn.Conv1d(4, 8, 5, 2, 2), nn.Conv1d(8, 8, 3, padding=1, groups=8)), (4, 50)),
@@ -96,6 +112,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     patch = pytest.MonkeyPatch()
     patch.setattr(depth_first, "LARGE_BYTES", 100_000)
     patch.setattr(depth_first, "GROUP_BYTES", 60_000)
+    patch.setattr(emit_winograd, "_BAND_FLOATS", 36 * 64 * 15)
+    patch.setattr(emit_winograd, "_TRANSFORM_CYCLES", 0.0)
+    patch.setattr(emit_winograd, "_STREAMED_WEIGHT", 0.0)
     for name, (make, shape) in NETWORKS.items():
         torch.manual_seed(0)
         paths.append(folder / name)
