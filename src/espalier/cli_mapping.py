@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from espalier.errors import DataError
+from espalier.errors import DataError, MissingExtraError
 from espalier.graph import capture
 from espalier.mapping import (
     Cluster,
@@ -137,8 +138,9 @@ def sensitivity_command(
         schemes=names,
         tell=_teller(console),
     )
-    drawn = draw_sensitivity(found, picture or Path(out).with_suffix(".png"), f"{model} on {loaded.name}, held out")
-    console.print(f"{len(found.points)} points in {out}, drawn in {drawn}", highlight=False)
+    title, target = f"{model} on {loaded.name}, held out", picture or Path(out).with_suffix(".png")
+    drawn = _drawn(lambda: draw_sensitivity(found, target, title), asked=picture is not None)
+    console.print(f"{len(found.points)} points in {out}{drawn}", highlight=False, soft_wrap=True)
 
 
 def search_command(
@@ -210,11 +212,12 @@ def search_command(
     known = Log(file, space.name).trials
     taken = best(known, limit)
     space.plan(taken.picked).save(folder / "plan.toml")
-    draw_trials(known, folder / "front.png", f"{model}: the front of {len(known)} trials")
+    drawn = _drawn(lambda: draw_trials(known, folder / "front.png", f"{model}: the front of {len(known)} trials"))
     console.print(
         f"best of {len(known)} trials: {taken.accuracy:.2f} % held out at {taken.latency_ms:.4g} ms by the table; "
-        f"written to {folder / 'plan.toml'}",
+        f"written to {folder / 'plan.toml'}{drawn}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -244,6 +247,16 @@ def _place(out: str) -> Path:
     except OSError as error:
         raise DataError(f"{out}: the folder cannot be made: {error.strerror}") from error
     return path
+
+
+def _drawn(draw: Callable[[], Path], asked: bool = False) -> str:
+    """Where the picture is, as the end of a sentence; without matplotlib it is left out unless it was asked for."""
+    try:
+        return f", drawn in {draw()}"
+    except MissingExtraError as error:
+        if asked:
+            raise
+        return f"; no picture: {error}"
 
 
 def _teller(console: Console) -> Any:

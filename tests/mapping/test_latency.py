@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import espalier as es
-from espalier.errors import UnknownNameError
+from espalier.errors import PlanError, UnknownNameError
 from espalier.mapping import check, latency_model, mean_error
 from espalier.mapping.cache import Shelf, folder, identity
 from espalier.mapping.candidates import GRID, find, ladder
@@ -137,6 +137,11 @@ def test_an_unmeasured_scheme_is_named(graph: es.Graph, tmp_path: Path) -> None:
     model = latency_model(graph, clock=CountingClock(), shelf=Shelf(WHO, tmp_path))
     with pytest.raises(UnknownNameError, match="measured scheme of a"):
         model.predict({"a.weight": es.scheme("block_punched", 0.3, m=3, n=1)})
+
+
+def test_no_thread_is_told(graph: es.Graph) -> None:
+    with pytest.raises(PlanError, match="1 thread or more"):
+        latency_model(graph, threads=0, clock=CountingClock())
 
 
 def test_a_real_measurement(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.errors import UnknownNameError
+from espalier.errors import PlanError, UnknownNameError
 from espalier.graph.ir import Graph
 from espalier.mapping.cache import Shelf, identity
 from espalier.mapping.candidates import GRID, Candidate, ladder
@@ -116,11 +116,14 @@ def latency_model(
     """The latency model of a network; what the cache lacks is measured now (ResNet-50 from nothing: about a minute).
 
     candidates: which schemes each layer is measured in. clock: who measures. tell: is told how far it is.
+    Raises PlanError for less than one thread.
 
     >>> model = es.latency_model(es.capture(network, example), threads=1)
     >>> model.predict(es.Plan.uniform("block_punched", 0.2).resolve(graph.sites())) < model.dense_ms
     True
     """
+    if threads < 1:
+        raise PlanError(f"a latency is meant for 1 thread or more, got {threads}")
     shelf = shelf or Shelf(identity(threads))
     found = layers(graph)
     ladders = {site: tuple(candidates(layer)) for site, layer in found.items()}
