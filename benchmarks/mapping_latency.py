@@ -104,9 +104,9 @@ def main() -> None:
         held[f"{name}, {a.threads} threads"] = {
             **network_rows(name, speedups, a.threads, a.rounds),
             "threads": a.threads,
-            "machine": es.machine(),
         }
-        RESULTS.write_text(json.dumps({"networks": held}, indent=1) + "\n", encoding="utf-8")
+        report = {"machine": es.machine(), "networks": held}
+        RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

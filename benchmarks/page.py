@@ -65,11 +65,63 @@ def methods_resnet20(report: dict[str, Any]) -> str:
     return f"{epochs} Top-1 %:\n\n{table(headings, rows)}"
 
 
+def mapping(report: dict[str, Any]) -> str:
+    """Every plan in training, fastest first; then the dense engines."""
+    rows = [
+        [
+            row["plan"],
+            f"{row['speedup']:g}x",
+            row["epochs"],
+            f"{row['test']:.2f} ({-row['drop']:+.2f})",
+            f"{row['latency']['median_ms']:.3f}",
+            f"{row['speedup_measured']:.2f}x",
+            f"{row['of_fastest_rival']:.2f}x",
+            "; ".join(row["beaten_by"]) or "-",
+        ]
+        for row in sorted(report["rows"].values(), key=lambda row: row["latency"]["median_ms"])
+    ]
+    headings = [
+        "plan",
+        "asked",
+        "epochs",
+        "top-1 % (drop)",
+        "ms",
+        "our dense",
+        "fastest rival",
+        "slower and worse than",
+    ]
+    dense = ", ".join(f"{name} {timing['median_ms']:.3f} ms" for name, timing in report["dense"].items())
+    told = f"Unpruned: {report['dense_accuracy']:.2f} %; {dense}; {report['threads']} thread(s), batch 1."
+    model = f"Latency model against the networks in training: mean error {report['model_mean_error']:.1%}."
+    missing = [f"{name}: {why}" for name, why in report["unreachable"].items()]
+    return "\n\n".join([told, table(headings, rows), *missing, model])
+
+
+def mapping_latency(report: dict[str, Any]) -> str:
+    """Targets asked and met, then how far the latency model is off."""
+    rows = []
+    for name, network in report["networks"].items():
+        for row in network["rows"]:
+            if "unreachable" in row:
+                rows.append([name, f"{row['asked']:g}x", "", "", row["unreachable"]])
+            else:
+                rows.append([name, f"{row['asked']:g}x", f"{row['measured']:.2f}x", f"{row['gap']:+.1%}", ""])
+    off = [[n, f"{v['model_mean_error']:.1%}", len(v["model_check"])] for n, v in report["networks"].items()]
+    return "\n\n".join(
+        [
+            table(["network", "asked", "measured", "gap", "why not"], rows),
+            table(["latency model against whole networks", "mean error", "networks"], off),
+        ]
+    )
+
+
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "lenet5": ("LeNet-5: ADMM, purification, unused path removal", lenet5),
     "lenet5_far": ("LeNet-5: how far it goes at 99.0 %", lenet5),
     "methods_lenet5": ("Every method with every scheme, LeNet-5 / MNIST", methods_lenet5),
     "methods_resnet20": ("Methods, schemes and rivals, ResNet-20 / CIFAR-10", methods_resnet20),
+    "mapping": ("Mapping: accuracy against measured latency, ResNet-20 / CIFAR-10", mapping),
+    "mapping_latency": ("Mapping: targets of latency, random weights", mapping_latency),
 }
 
 
