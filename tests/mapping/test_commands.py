@@ -53,6 +53,8 @@ def test_plan_writes_a_plan_that_explains_itself(
         (["plan", "lenet_digits", "--speedup", "0.5"], "slower than dense"),
         (["plan", "lenet_digits", "--data", "digits", "--speedup", "2"], "random weights"),
         (["plan", "lenet_digits", "--speedup", "2", "--sensitivity", "nowhere.json"], "nowhere.json"),
+        (["plan", "lenet_digits", "--macs", "0.5", "--out", "/"], "cannot be written"),
+        (["plan", "lenet_digits", "--macs", "0.5", "--out", "/dev/null/plan.toml"], "cannot be made"),
         (["plan", "lenet_digits", "--speedup", "2", "--threads", "0"], "1 thread or more"),
         (["plan", "lenet_digits", "--speedup", "2", "--beta", "-1"], "beta is -1"),
         (["sensitivity", "lenet_digits"], "needs data"),

@@ -50,23 +50,14 @@ class Proposal:
         """For a table: what, asked, reachable (from .. to), predicted, measured."""
         speed = self.dense.latency_ms / self.predicted.latency_ms
         most = self.dense.latency_ms / self.least.latency_ms
-        asked = self.targets.told()
-        rows = [
-            ("speedup", "", f"1 .. {most:.2f}x", f"{speed:.2f}x", _or(self.measured_speedup, "{:.2f}x")),
-            (
-                "latency_ms",
-                "",
-                f"{self.dense.latency_ms:.4g} .. {self.least.latency_ms:.4g}",
-                f"{self.predicted.latency_ms:.4g}",
-                _or(self.measured_ms, "{:.4g}"),
-            ),
-            *[
-                (k, "", f"{self.dense[k]:.4g} .. {self.least[k]:.4g}", f"{self.predicted[k]:.4g}", "")
-                for k in ("size_mb", "macs")
-            ],
-            ("max_drop", "", "", _or(self.predicted_drop, "about {:.2f} points"), ""),
-        ]
-        return [(name, f"{asked[name]:g}" if name in asked else "", *row) for name, _, *row in rows]  # type: ignore[misc]
+        measured = {"latency_ms": _or(self.measured_ms, "{:.4g}")}
+        told = {"speedup": (f"1 .. {most:.2f}x", f"{speed:.2f}x", _or(self.measured_speedup, "{:.2f}x"))}
+        for kind in KINDS:
+            reach = f"{self.dense[kind]:.4g} .. {self.least[kind]:.4g}"
+            told[kind] = reach, f"{self.predicted[kind]:.4g}", measured.get(kind, "")
+        told["max_drop"] = "", _or(self.predicted_drop, "about {:.2f} points"), ""
+        asked = {name: f"{value:g}" for name, value in self.targets.told().items()}
+        return [(name, asked.get(name, ""), *values) for name, values in told.items()]
 
 
 def propose(
