@@ -11,13 +11,13 @@ import espalier as es
 from espalier.errors import PlanError, UnknownNameError
 from espalier.mapping import LatencyModel, latency_model, propose
 from espalier.mapping.allocate import Options, Unreachable, allocate
-from espalier.mapping.cache import Shelf
 from espalier.mapping.candidates import Candidate, find, ladder
 from espalier.mapping.damage import Damage, Harm, errors
 from espalier.mapping.latency import Curve
 from espalier.mapping.layers import layers
 from espalier.mapping.rules import RELEASED, Rule, plan_of
 from espalier.mapping.targets import Cost, Targets, size_mb
+from espalier.runtime.cache import Shelf
 from tests.mapping.clocks import CountingClock, Net, example
 
 
@@ -29,7 +29,7 @@ def net() -> Net:
 
 @pytest.fixture(scope="module")
 def model(net: Net, tmp_path_factory: pytest.TempPathFactory) -> LatencyModel:
-    shelf = Shelf({"test": 1}, tmp_path_factory.mktemp("cache"))
+    shelf = Shelf("latency", {"test": 1}, tmp_path_factory.mktemp("cache"))
     return latency_model(es.capture(net, example()), clock=CountingClock(), shelf=shelf)
 
 

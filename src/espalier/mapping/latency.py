@@ -2,7 +2,7 @@
 
     latency(plan) = sum over layers of t(layer shape, scheme, block, density, threads) + other steps + overhead per step
 
-The table is built on demand for the shapes at hand (see `probe` for how), kept by machine and engine build (see
+The table is built on demand for the shapes at hand (see `probe` for how), kept by machine, engine and compiler (see
 `cache`), and interpolated so that less weights never take longer. Source: arXiv 2111.11581, whose latency model is such
 a table; measuring inside the network is our reading.
 """
@@ -20,11 +20,12 @@ import numpy as np
 
 from espalier.errors import PlanError, UnknownNameError
 from espalier.graph.ir import Graph
-from espalier.mapping.cache import Shelf, identity
+from espalier.mapping import cache
 from espalier.mapping.candidates import GRID, Candidate, ladder
 from espalier.mapping.clock import Clock, Profile, engine_clock
 from espalier.mapping.layers import Layer, layers
 from espalier.mapping.probe import Probe
+from espalier.runtime.cache import Shelf
 from espalier.sparsity import CATALOG, Scheme
 
 Rows = dict[str, float]
@@ -124,7 +125,7 @@ def latency_model(
     """
     if threads < 1:
         raise PlanError(f"a latency is meant for 1 thread or more, got {threads}")
-    shelf = shelf or Shelf(identity(threads))
+    shelf = shelf or cache.shelf(threads)
     found = layers(graph)
     ladders = {site: tuple(candidates(layer)) for site, layer in found.items()}
     rows = shelf.read()
@@ -138,7 +139,8 @@ def latency_model(
         tell(f"measuring layers on the engine: {number + 1} of {len(batches)}")
         profiles = clock([probe.variant({s: c.at(d) for s, (c, d) in wanted.items()}) for wanted in batch], threads)
         measured = _rows(probe, network, batch, profiles, seen)
-        rows = {**rows, **shelf.add(measured), **measured}
+        shelf.add(measured)
+        rows = {**rows, **measured}
     return _model(found, ladders, rows, network, threads)
 
 
