@@ -17,7 +17,6 @@ Plans are made and timed first, in this process; then the search tries its trial
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from torch import nn
 
 import espalier as es
 from espalier.errors import EspalierError, PlanError
+from espalier.graph import shrink_graph
 from espalier.mapping import Here, LatencyModel, Log, Processes, best, check, mean_error, search, space_of
 from espalier.mapping.candidates import find
 from espalier.mapping.clock import engine_clock
@@ -76,20 +76,22 @@ class Cell:
 
 @dataclass(frozen=True)
 class Setting:
-    """What making the plans needs."""
+    """What making the plans needs. graph: of the network; trial: of another with the same weights, to prune."""
 
     arguments: argparse.Namespace
     data: Data
     latency: LatencyModel
     network: nn.Module
     graph: es.Graph
+    trial: es.Graph
 
     def speed(self, plan: es.Plan) -> float:
         """Times faster than dense on the engine: the network pruned in one shot, and shrunk."""
-        trial = copy.deepcopy(self.network)
-        es.start(trial, plan, "magnitude", example()).finish()
-        small = es.capture(es.shrink(trial.eval(), example()), example())
-        dense, cut = engine_clock([self.graph, small], self.latency.threads)
+        with torch.no_grad():
+            for name, tensor in self.trial.tensors.items():
+                tensor.copy_(self.graph.tensors[name])
+        es.Run(self.trial, plan.resolve(self.trial.sites()), get("magnitude"), None).finish()
+        dense, cut = engine_clock([self.graph, shrink_graph(self.trial)[0]], self.latency.threads)
         return dense.whole_ms / cut.whole_ms
 
 
@@ -348,7 +350,7 @@ def main() -> None:
     network = pretrained(a.weights)
     graph = es.capture(network, example())
     latency = es.latency_model(graph, threads=a.threads, tell=print)
-    setting = Setting(a, cifar10(a), latency, network, graph)
+    setting = Setting(a, cifar10(a), latency, network, graph, es.capture(pretrained(a.weights), example()))
     speedups = [float(s) for s in a.speedups.split(",")]
     plans = made_plans(setting, speedups, work)
     cells = [Cell(title, s, a.epochs) for s in reversed(speedups) for title in (RULE, SEARCH, *UNIFORM)]
