@@ -1,8 +1,9 @@
 """Damage: what a scheme does to a layer before anything is retrained, comparable from layer to layer.
 
 The measure is the relative projection error ``||w - project(w)||^2 / ||w||^2``, 0 for an untouched layer and 1 for an
-empty one. Where it was measured what an error costs in loss (`sensitivity`), that loss is the damage; else the error
-itself, equally in every layer (our reading: small layers are protected as if they were large ones).
+empty one, equally in every layer (small layers are protected as if they were large ones). Where it was measured what an
+error costs in loss (`sensitivity`), a layer's error counts more or less by it, but only a little: what a layer loses
+alone and before retraining says little about what the network loses after it. All our reading.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from espalier.mapping.candidates import Candidate
 from espalier.mapping.layers import Layer
 
 _SAMPLE = 100_000  # groups that are sorted at most; more tell the same curve
-_EVEN = 1e-3  # of the error, added to a measured loss: of two harmless options the milder is better
+# The power of a layer's sensitivity in its damage. On ResNet-20 at 3x, retrained for one short epoch, plans that sum
+# measured losses (1) were 4.6 points worse than plans that sum errors (0), and the square root 2.8: sums of losses
+# empty whole layers that do little alone.
+TRUST = 0.15
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Damage:
 
     def __init__(self, weights: Mapping[str, Tensor], layers: Mapping[str, Layer], harms: Harms | None = None) -> None:
         self.weights, self.layers, self.harms = weights, layers, harms
+        self.weights_of_error = _weighed(harms or {})
         self._curves: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
 
     def error(self, site: str, candidate: Candidate | None, density: float) -> float:
@@ -78,24 +83,30 @@ class Damage:
         return float(np.interp(density, *self._curves[key]))
 
     def __call__(self, site: str, candidate: Candidate | None, density: float) -> float:
-        """What the allocation sums: the rise of the loss where it was measured, else the error."""
-        error = self.error(site, candidate, density)
-        if self.harms is None:
-            return error
-        return self._along(site, "loss", error) + _EVEN * error
+        """What the allocation sums: the error, weighed by how sensitive the layer is among the others."""
+        return self.error(site, candidate, density) * self.weights_of_error.get(site, 1.0)
 
     def points(self, site: str, candidate: Candidate | None, density: float) -> float:
-        """Points of accuracy lost by this layer alone, before any retraining; 0 where nothing was measured."""
-        return 0.0 if self.harms is None else self._along(site, "points", self.error(site, candidate, density))
+        """Points of accuracy lost by this layer alone, before any retraining; 0 where nothing was measured.
 
-    def _along(self, site: str, kind: str, error: float) -> float:
-        """Measured harm over error: rising from nothing, straight between points and beyond the last."""
-        assert self.harms is not None
-        harms = sorted(self.harms.get(site, ()), key=lambda h: h.error)
+        Rising from nothing, straight between the measured points and beyond the last.
+        """
+        harms = sorted((self.harms or {}).get(site, ()), key=lambda h: h.error)
         if not harms:
-            return error
+            return 0.0
+        error = self.error(site, candidate, density)
         at = np.array([0.0, *[h.error for h in harms]])
-        value = np.maximum.accumulate([0.0, *[max(0.0, h.loss if kind == "loss" else h.points) for h in harms]])
+        value = np.maximum.accumulate([0.0, *[max(0.0, h.points) for h in harms]])
         if error > at[-1] > 0:
             return float(value[-1] * error / at[-1])
         return float(np.interp(error, at, value))
+
+
+def _weighed(harms: Harms) -> dict[str, float]:
+    """site -> (loss for an error / that of the layer in the middle) ** TRUST; sites where nothing was lost get 1."""
+    slopes = {
+        s: float(np.mean([max(0.0, h.loss) / h.error for h in each if h.error > 0] or [0])) for s, each in harms.items()
+    }
+    measured = {site: slope for site, slope in slopes.items() if slope > 0}
+    middle = float(np.median(list(measured.values()))) if measured else 1.0
+    return {site: (slope / middle) ** TRUST for site, slope in measured.items()}
