@@ -4,8 +4,9 @@
     python benchmarks/mapping_latency.py --networks resnet20 --speedups 2
 
 Weights are random: only latency counts. A plan by rule is timed beside the dense network once more when it is finished:
-medians of rounds in turns; with one thread in processor time, so that what else runs on the machine hardly counts. Where a target is out of reach, the row says what is reachable and why. The latency
-model is checked against whole networks: the dense one, every scheme alone at three densities, and the plans.
+medians of rounds in turns; with one thread in processor time, so that what else runs on the machine hardly counts.
+Where a target is out of reach, the row says what is reachable and why. The latency model is checked against whole
+networks: the dense one, every scheme alone at three densities, and the plans.
 """
 
 from __future__ import annotations

@@ -13,7 +13,10 @@ from espalier.graph.ir import Graph
 from espalier.runtime import compile
 from espalier.runtime.executable import Executable
 
-LEAST, MOST, SECONDS = 5, 60, 0.1  # rounds of one program: as many as fill the time, within these bounds
+# Rounds of one program: as many as fill the time, within bounds. A few programs share what many would take: then it is
+# a plan that is checked, and one number decides.
+LEAST, MOST, SECONDS = 5, 300, 0.1
+SHARED_LEAST, SHARED_SECONDS = 30, 1.0
 QUANTILE = 0.25  # the median of the faster half: what other programs add to the slower half is not the network's
 
 
@@ -39,7 +42,7 @@ def engine_clock(graphs: Sequence[Graph], threads: int) -> list[Profile]:
     now = time.thread_time if threads == 1 else time.perf_counter
     programs = [compile(graph, threads=threads) for graph in graphs]
     given = [_inputs(graph) for graph in graphs]
-    rounds = [_rounds(program, x) for program, x in zip(programs, given)]
+    rounds = [_rounds(program, x, len(programs)) for program, x in zip(programs, given)]
     seen: list[list[dict[str, float]]] = [[] for _ in graphs]
     whole: list[list[float]] = [[] for _ in graphs]
     for turn in range(max(rounds, default=0)):
@@ -56,11 +59,13 @@ def engine_clock(graphs: Sequence[Graph], threads: int) -> list[Profile]:
     ]
 
 
-def _rounds(program: Executable, given: list[np.ndarray]) -> int:
+def _rounds(program: Executable, given: list[np.ndarray], among: int) -> int:
+    """How many of one program among so many."""
     program(*given)
     start = time.perf_counter()
     program(*given)
-    return max(LEAST, min(MOST, int(SECONDS / max(1e-6, 3 * (time.perf_counter() - start)))))
+    fill = max(SECONDS, SHARED_SECONDS / among) / max(1e-6, 3 * (time.perf_counter() - start))
+    return max(LEAST, SHARED_LEAST // among, min(MOST, int(fill)))
 
 
 def _quantile(values: list[float]) -> float:
