@@ -25,13 +25,13 @@ from espalier.train import Recipe, build, evaluate, fit, load_data, seed_everyth
 
 RESULTS = Path(__file__).parent / "results" / "methods_lenet5.json"
 RECIPE = Recipe(batch_size=128, lr=0.02, weight_decay=1e-4)
-DENSE_EPOCHS, SHAPE_EPOCHS, RETRAIN_EPOCHS = 8, 4, 2
+DENSE_EPOCHS, SHAPE_EPOCHS, RETRAIN_EPOCHS = 8, 3, 1
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude, one-shot": ("magnitude", {}),
     "magnitude, ramp": ("magnitude", {"ramp": "cubic"}),
 } | {name: (name, {}) for name in es.METHODS if name != "magnitude"}
 SCHEMES = ("filter", "column", "filter+column", "block_punched", "pattern+kernel", "weight", "micro_block+unify")
-DENSITIES = (0.2, 0.1, 0.05)
+DENSITIES = (0.1, 0.05, 0.025)
 SEEDS = (0, 1)
 
 
