@@ -10,7 +10,7 @@ All layers count; densities are those of the whole network.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from espalier.sparsity import unfit
 from espalier.train import Recipe, build, evaluate, fit, load_data, seed_everything
 
 RESULTS = Path(__file__).parent / "results" / "methods_lenet5.json"
-RECIPE = Recipe(batch_size=128, lr=0.02, weight_decay=1e-4)
+RECIPE = Recipe(batch_size=128, lr=0.02, weight_decay=1e-4, precision="bf16-mixed")
 DENSE_EPOCHS, SHAPE_EPOCHS, RETRAIN_EPOCHS = 8, 3, 1
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude, one-shot": ("magnitude", {}),
@@ -57,7 +57,7 @@ def plan_for(model: nn.Module, example: torch.Tensor, scheme: str, density: floa
 def work(cell: Cell, arguments: argparse.Namespace) -> dict[str, Any]:
     seed_everything(cell.seed)
     data, example = load_data("mnist", arguments.data), torch.zeros(1, 1, 28, 28)
-    model = build("lenet5")
+    model = build("lenet5").to(memory_format=torch.channels_last)  # half the time on CPUs
     model.load_state_dict(torch.load(Path(arguments.out) / f"dense{cell.seed}.pt", weights_only=True))
     name, settings = METHODS[cell.method]
     steps = SHAPE_EPOCHS * data.train.steps(RECIPE.batch_size)
@@ -78,7 +78,7 @@ def work(cell: Cell, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _recipe(epochs: int, seed: int) -> Recipe:
-    return Recipe(epochs, RECIPE.batch_size, RECIPE.lr, weight_decay=RECIPE.weight_decay, seed=seed)
+    return replace(RECIPE, epochs=epochs, seed=seed)
 
 
 def train_dense(arguments: argparse.Namespace) -> dict[str, float]:
