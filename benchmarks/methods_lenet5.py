@@ -101,7 +101,8 @@ def train_dense(arguments: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     arguments = options(__doc__).parse_args()
     epochs = {"dense": DENSE_EPOCHS, "shape": SHAPE_EPOCHS, "retrain": RETRAIN_EPOCHS}
-    run_cells(CELLS, work, arguments, RESULTS, dense_test=train_dense(arguments), epochs=epochs, recipe=repr(RECIPE))
+    settings = {"epochs": epochs, "recipe": repr(RECIPE)}
+    run_cells(CELLS, work, arguments, RESULTS, settings, dense_test=train_dense(arguments))
 
 
 if __name__ == "__main__":
