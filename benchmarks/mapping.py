@@ -1,15 +1,17 @@
-"""Mapping: accuracy against measured latency for uniform plans, plans by rule and plans by search; targets met or not.
+"""Mapping: accuracy against measured latency for uniform plans, plans by rule and plans by search.
 
-    python benchmarks/mapping.py --data FOLDER --weights FOLDER             # ResNet-20 on CIFAR-10, then latencies
-    python benchmarks/mapping.py --only latency                             # ResNet-50 and MobileNetV2: 2x, 3x, 5x
+    python benchmarks/mapping.py --data FOLDER --weights cifar10_resnet20.safetensors --workers 2
 
-ResNet-20: every plan aims at the same speedups over our own dense network. It is trained by the same method for as many
-epochs on the same data (choices are made on a tenth of the training set, which the published weights have seen; the
-test set is for the figures), shrunk, and timed beside the dense network and the dense rivals in one interleaved run.
-Layers that the rule spares at first are spared by the uniform plans too. ResNet-50 and MobileNetV2 have random weights:
-only latency counts there.
+ResNet-20 on CIFAR-10 from published weights. Every plan aims at the same speedups over our own dense network, as
+measured. All are trained by one method and recipe, with the dense network as teacher, for equally many epochs on the
+same data; then shrunk, and timed beside the dense network and the dense rivals in one interleaved run. --long adds the
+plan by rule at the highest speedup, trained for so many epochs. Layers that the rule spares at first are spared by the
+uniform plans too. Choices are made on a tenth of the training set, which the published weights have seen; the test set
+is for the figures only.
 
-Stopped and started again it goes on where it was: everything finished lies in --out.
+Plans are made and timed first, in this process; then the search tries its trials and the plans are trained, in
+--workers processes of one thread each. Stopped and started again it goes on where it was: what is finished lies in
+--out, and what was trained already is not trained again. Rows that are not finished are missing in the result.
 """
 
 from __future__ import annotations
@@ -18,29 +20,32 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from cells import key_of, options, run_cells
 from torch import nn
 
 import espalier as es
-from espalier.errors import EspalierError
-from espalier.mapping import Here, LatencyModel, Log, Processes, best, check, front, mean_error, search, space_of
+from espalier.errors import EspalierError, PlanError
+from espalier.graph import shrink_graph
+from espalier.mapping import Here, LatencyModel, Log, Processes, best, check, mean_error, search, space_of
 from espalier.mapping.candidates import find
 from espalier.mapping.clock import engine_clock
 from espalier.mapping.damage import Damage
 from espalier.mapping.picture import draw_front
-from espalier.mapping.probe import Probe
 from espalier.mapping.rules import Rule
-from espalier.planning import QUICK_IMAGES, OneShot, on_split
+from espalier.methods import get
+from espalier.planning import SHORT, OneShot, on_split
 from espalier.runtime import rival
 from espalier.sparsity import Entry
-from espalier.train import Data, Recipe, build, evaluate, example_shape, fit, load_data, load_weights, seed_everything
+from espalier.train import Data, Recipe, build, evaluate, fit, load_data, load_weights, recalibrate, seed_everything
 from espalier.workspace import Workspace
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "mapping.json"
 NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # that the published weights were trained with
 UNIFORM = {
     "filter": "filter",
@@ -49,276 +54,322 @@ UNIFORM = {
     "pattern": "pattern+kernel",
     "unstructured": "weight",
 }
-RULE, SEARCH = "by rule", "by search"
-RECIPE = Recipe(lr=0.02, batch_size=128, weight_decay=1e-4)
-SHAPING = 0.5  # of the epochs by ADMM; the rest retrains with the masks frozen
+RULE, SEARCH, DENSE = "by rule", "by search", "dense"
+SHAPING = 0.5  # of the epochs; the rest retrains with the masks frozen
+LEAST = 0.01  # density of a uniform plan
+HELD_OUT = 1000  # images on which the rule reads how sensitive each layer is
+RIVALS = ("onnxruntime", "openvino")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A plan in training."""
+
+    plan: str
+    speedup: float
+    epochs: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.plan}/{self.speedup:g}"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every plan shares."""
+    """What making the plans needs. graph: of the network; trial: of another with the same weights, to prune."""
 
+    arguments: argparse.Namespace
     data: Data
-    weights: Path
-    work: Workspace
     latency: LatencyModel
-    example: torch.Tensor
-    epochs: int
-    threads: int
-    seed: int
+    network: nn.Module
+    graph: es.Graph
+    trial: es.Graph
 
-    def network(self) -> nn.Module:
-        made = build("resnet20").eval()
-        load_weights(made, self.weights)
-        return made
+    def speed(self, plan: es.Plan) -> float:
+        """Times faster than dense on the engine: the network pruned in one shot, and shrunk."""
+        with torch.no_grad():
+            for name, tensor in self.trial.tensors.items():
+                tensor.copy_(self.graph.tensors[name])
+        es.Run(self.trial, plan.resolve(self.trial.sites()), get("magnitude"), None).finish()
+        dense, cut = engine_clock([self.graph, shrink_graph(self.trial)[0]], self.latency.threads)
+        return dense.whole_ms / cut.whole_ms
 
 
-def uniform(latency: LatencyModel, graph: es.Graph, label: str, speedup: float) -> es.Plan:
+def example() -> torch.Tensor:
+    return torch.zeros(1, 3, 32, 32)
+
+
+def pretrained(weights: str) -> nn.Module:
+    network = build("resnet20").eval()
+    load_weights(network, weights)
+    return network
+
+
+# -- plans ------------------------------------------------------------------------------------------
+
+
+def uniform(setting: Setting, label: str, speedup: float) -> es.Plan:
     """One scheme and density wherever the rule does not spare, at the density that is measured to give the speedup."""
-    spared = Rule(latency, Damage(graph.tensors, latency.layers)).spared()
+    latency = setting.latency
+    spared = Rule(latency, Damage(setting.graph.tensors, latency.layers)).spared()
     sites = [s for s in latency.layers if s not in spared and label in latency.candidates(s)]
-    probe = Probe(graph, latency.layers)
 
     def plan(density: float) -> es.Plan:
         return es.Plan(tuple(Entry(s, find(label).at(density) if s in sites else None) for s in latency.layers))
 
-    def speed(density: float) -> float:
-        dense, cut = engine_clock(
-            [probe.variant({}), probe.variant(plan(density).resolve(graph.sites()))], latency.threads
-        )
-        return dense.whole_ms / cut.whole_ms
-
-    low, high = 0.01, find(label).ceiling
-    for _ in range(8):
+    low, high = LEAST, find(label).ceiling
+    most = setting.speed(plan(low))
+    if most < speedup:
+        raise PlanError(f"{label} gives {most:.2f}x at density {low}, where {speedup:g}x was asked")
+    for _ in range(7):
         middle = (low + high) / 2
-        low, high = (low, middle) if speed(middle) < speedup else (middle, high)
+        low, high = (low, middle) if setting.speed(plan(middle)) < speedup else (middle, high)
     return plan(low)
 
 
-def searched(setting: Setting, speedup: float, trials: int, images: int, workers: int, data_root: str) -> es.Plan:
-    """The best plan of a policy-gradient search that begins at the rule's plan."""
-    network = setting.network()
-    graph = es.capture(network, setting.example)
-    rule = propose(setting, network, speedup)
+def by_rule(setting: Setting, speedup: float) -> es.mapping.Proposal:
+    return es.propose(
+        setting.network,
+        example(),
+        es.Targets(speedup=speedup),
+        evaluate=on_split(setting.data.holdout, HELD_OUT),
+        latency=setting.latency,
+        threads=setting.latency.threads,
+        tell=lambda text: print(f"  {text}", flush=True),
+    )
+
+
+def by_search(setting: Setting, speedup: float) -> es.Plan:
+    """The best plan of a policy-gradient search that begins at the rule's plan; its trials serve every speedup."""
+    a = setting.arguments
+    rule = by_rule(setting, speedup)
     limit = rule.dense.latency_ms / speedup
     space = space_of(setting.latency)
-    start = space.nearest(rule.plan.resolve(graph.sites()), limit)
-    score = OneShot("resnet20", "cifar10", str(setting.weights), data_root, 1, images, norm=NORM)
-    file = setting.work.path / "trials.jsonl"
-    with Processes(workers) if workers > 1 else _Nothing() as where:
+    recipe = dataclasses.replace(SHORT, precision=a.precision)
+    file, folder = Path(a.out) / "trials.jsonl", str(Path(a.data).resolve())
+    score = OneShot("resnet20", "cifar10", str(Path(a.weights).resolve()), folder, 1, a.trial_images, recipe, NORM)
+    with Processes(a.workers) if a.workers > 1 else nullcontext(Here()) as where:
         search(
             space,
             score,
             file,
             limit_ms=limit,
-            trials=trials,
-            start=start,
+            trials=a.trials,
+            start=space.nearest(rule.plan.resolve(setting.graph.sites()), limit),
             workers=where,
-            seed=setting.seed,
+            seed=a.seed,
             tell=lambda t: print(f"  trial {t.number}: {t.accuracy:.2f} % at {t.latency_ms:.4g} ms", flush=True),
         )
-    known = Log(file, space.name).trials
-    setting.work.write_text("front.json", json.dumps([dataclasses.asdict(t) for t in front(known)], indent=1))
-    return space.plan(best(known, limit).picked)
+    return space.plan(best(Log(file, space.name).trials, limit).picked)
 
 
-class _Nothing:
-    """No processes: one trial after the other, here."""
+def made_plans(setting: Setting, speedups: list[float], work: Workspace) -> dict[str, dict[str, str]]:
+    """name of a cell -> its plan as TOML, or why there is none; each is made once and kept."""
+    makers: dict[str, Callable[[float], es.Plan]] = {
+        title: (lambda speedup, label=label: uniform(setting, label, speedup)) for title, label in UNIFORM.items()
+    }
+    makers |= {
+        RULE: lambda speedup: by_rule(setting, speedup).plan,
+        SEARCH: lambda speedup: by_search(setting, speedup),
+    }
+    file = work.path / "plans.json"
+    plans: dict[str, dict[str, str]] = json.loads(file.read_text()) if file.exists() else {}
+    for title, make in makers.items():
+        for speedup in speedups:
+            name = f"{title}/{speedup:g}"
+            if name not in plans:
+                try:
+                    plan = make(speedup)
+                    plans[name] = {"toml": plan.to_toml(), "one_shot": f"{setting.speed(plan):.3f}"}
+                except EspalierError as error:
+                    plans[name] = {"unreachable": str(error)}
+                work.write_text("plans.json", json.dumps(plans, indent=1))
+            told = plans[name].get("unreachable") or f"{plans[name]['one_shot']}x pruned in one shot"
+            print(f"{name:24s} {told}", flush=True)
+    return plans
 
-    def __enter__(self) -> Here:
-        return Here()
 
-    def __exit__(self, *_: object) -> None:
-        pass
+# -- training ---------------------------------------------------------------------------------------
 
 
-def propose(setting: Setting, network: nn.Module, speedup: float) -> es.mapping.Proposal:
-    return es.propose(
-        network,
-        setting.example,
-        es.Targets(speedup=speedup),
-        evaluate=on_split(setting.data.holdout, QUICK_IMAGES),
-        latency=setting.latency,
-        threads=setting.threads,
-        tell=lambda text: print(f"  {text}", flush=True),
-    )
-
-
-def trained(setting: Setting, name: str, plan: es.Plan) -> nn.Module:
-    """The network trained into a plan, shrunk: half of the epochs by ADMM, half with the masks frozen."""
-    network = setting.network()
-    shaping = max(1, round(setting.epochs * SHAPING)) if setting.epochs > 1 else 1
-    steps = shaping * setting.data.train.steps(RECIPE.batch_size)
-    seed_everything(setting.seed)
-    run = es.start(network, plan, "admm", setting.example, steps=steps)
+def train(cell: Cell, a: argparse.Namespace) -> dict[str, Any]:
+    """The network trained into a plan: shaped, then with the masks frozen; what it came to."""
+    data = cifar10(a)
+    network, teacher = pretrained(a.weights), pretrained(a.weights)
+    recipe = Recipe(lr=a.lr, weight_decay=1e-4, distill=a.distill, precision=a.precision, seed=a.seed)
+    work = Workspace(cell_folder(cell, a), {"recipe": dataclasses.asdict(recipe), "method": a.method}, resume=True)
+    shaping = max(1, round(cell.epochs * SHAPING))
+    steps = shaping * data.train.steps(recipe.batch_size)
+    plan = es.Plan.from_toml(json.loads((Path(a.out) / "plans.json").read_text())[cell.name]["toml"])
+    seed_everything(a.seed)
+    run = es.start(network, plan, get(a.method, **METHODS[a.method]), example(), steps=steps)
 
     def phase(kind: str, epochs: int) -> dict[str, Any]:
         if epochs:
-            recipe = dataclasses.replace(RECIPE, epochs=epochs, seed=setting.seed)
-            checkpoint = setting.work.checkpoint(f"{name} {kind}")
-            fit(network, setting.data, recipe, hooks=run, checkpoint=checkpoint, resume=checkpoint.exists(), phase=name)
-        run.finish()
+            file = work.checkpoint(kind)
+            wanted = dataclasses.replace(recipe, epochs=epochs)
+            fit(
+                network,
+                data,
+                wanted,
+                hooks=run,
+                teacher=teacher,
+                checkpoint=file,
+                resume=file.exists(),
+                phase=kind,
+                progress=False,
+            )
+        if kind == "shape":
+            run.finish()
+            recalibrate(network, data.train)
         return {"model": network.state_dict(), "run": run.state_dict()}
 
-    for kind, epochs in (("shape", shaping), ("retrain", setting.epochs - shaping)):
-        state = setting.work.phase(f"{name} {kind}", lambda k=kind, e=epochs: phase(k, e))
+    for kind, epochs in (("shape", shaping), ("retrain", cell.epochs - shaping)):
+        state = work.phase(kind, lambda k=kind, e=epochs: phase(k, e))
         network.load_state_dict(state["model"])
         run.load_state_dict(state["run"])
-    return es.shrink(network.eval(), setting.example).eval()
-
-
-def accuracy_part(setting: Setting, speedups: list[float], make_search: Callable[[float], es.Plan]) -> dict[str, Any]:
-    dense = setting.network()
-    graph = es.capture(dense, setting.example)
-    modules: dict[str, nn.Module] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    for speedup in speedups:
-        makers: dict[str, Callable[[], es.Plan]] = {
-            title: (lambda label=label, s=speedup: uniform(setting.latency, graph, label, s))
-            for title, label in UNIFORM.items()
-        }
-        makers[RULE] = lambda s=speedup: propose(setting, setting.network(), s).plan
-        makers[SEARCH] = lambda s=speedup: make_search(s)
-        for title, make in makers.items():
-            name = f"{title} {speedup:g}x"
-            try:
-                text = setting.work.phase(f"{name} plan", lambda make=make: {"toml": make().to_toml()})["toml"]
-            except EspalierError as error:
-                print(f"{name}: {error}")
-                rows[name] = {"plan": title, "asked": speedup, "unreachable": str(error)}
-                continue
-            small = modules[name] = trained(setting, name, es.Plan.from_toml(text))
-            size = es.size(es.capture(small, setting.example))
-            rows[name] = {
-                "plan": title,
-                "asked": speedup,
-                "test_accuracy": 100 * evaluate(small, setting.data.test).accuracy,
-                "nonzero": size.nonzero,
-                "useful_macs": size.useful_macs,
-                "toml": text,
-            }
-            print(f"{name:28s} test {rows[name]['test_accuracy']:.2f} %  {size.nonzero:,} weights", flush=True)
-    timings = timed(dense, modules, setting.example, setting.threads)
-    for name, row in rows.items():
-        if name in timings:
-            row["latency"] = timings[name]
-            row["speedup"] = timings["dense"]["median_ms"] / timings[name]["median_ms"]
-            fastest = min(timings[r]["median_ms"] for r in timings if r.startswith("rival "))
-            row["of_fastest_rival"] = fastest / timings[name]["median_ms"]
-            told = f"{row['test_accuracy']:.2f} %  {row['speedup']:.2f}x  of rival {row['of_fastest_rival']:.2f}x"
-            print(f"{name:28s} {told}")
-    known = {"dense": {}} | {
-        n: es.Plan.from_toml(r["toml"]).resolve(graph.sites()) for n, r in rows.items() if "toml" in r
+    size = es.size(es.capture(es.shrink(network.eval(), example()), example()))
+    return {
+        "test": 100 * evaluate(network, data.test).accuracy,
+        "holdout": 100 * evaluate(network, data.holdout).accuracy,
+        "nonzero": size.nonzero,
+        "useful_macs": size.useful_macs,
     }
-    checked = check(setting.latency, graph, known)
+
+
+METHODS: dict[str, dict[str, Any]] = {"admm": {}, "magnitude": {"ramp": "cubic"}}
+
+
+def cell_folder(cell: Cell, a: argparse.Namespace) -> Path:
+    return Path(a.out) / key_of(cell).translate(str.maketrans(" /", "__", "()"))
+
+
+def cifar10(a: argparse.Namespace) -> Data:
+    """The data; with --images fewer of all, to try things out."""
+    data = load_data("cifar10", a.data).normalised_by(*NORM)
+    if not a.images:
+        return data
+    few = {part: getattr(data, part).only(torch.arange(a.images)) for part in ("train", "holdout", "test")}
+    return dataclasses.replace(data, **few)
+
+
+# -- the result -------------------------------------------------------------------------------------
+
+
+def timed(cells: list[Cell], a: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Everything that is trained, the dense network and the dense rivals, in one interleaved run."""
+    dense = pretrained(a.weights)
+    modules = {DENSE: dense}
+    for cell in cells:
+        network = pretrained(a.weights)
+        state = torch.load(cell_folder(cell, a) / "work" / "retrain.pt", weights_only=True)
+        network.load_state_dict(state["model"])
+        modules[key_of(cell)] = es.shrink(network.eval(), example())
+    x = torch.randn(example().shape, generator=torch.Generator().manual_seed(0))
+    programs = {name: es.compile(module, x, threads=a.threads) for name, module in modules.items()}
+    calls: dict[str, Callable[[], object]] = {name: (lambda p=p: p(x)) for name, p in programs.items()}
+    calls |= {name: rival(name)(dense, x, a.threads) for name in RIVALS}
+    return {name: dataclasses.asdict(t) for name, t in es.bench(calls, rounds=a.rounds).items()}
+
+
+def report(setting: Setting, plans: dict[str, dict[str, str]], done: dict[Cell, dict[str, Any]]) -> dict[str, Any]:
+    """What the JSON holds; printed on the way."""
+    a = setting.arguments
+    timings = timed(list(done), a)
+    fastest = min(RIVALS, key=lambda name: timings[name]["median_ms"])
+    accuracy = 100 * evaluate(setting.network, cifar10(a).test).accuracy
+    rows = {}
+    for cell, result in done.items():
+        timing = timings[key_of(cell)]
+        rows[key_of(cell)] = {
+            **dataclasses.asdict(cell),
+            **result,
+            "drop": accuracy - result["test"],
+            "latency": timing,
+            "speedup_measured": timings[DENSE]["median_ms"] / timing["median_ms"],
+            "of_fastest_rival": timings[fastest]["median_ms"] / timing["median_ms"],
+            "toml": plans[cell.name]["toml"],
+        }
+    for row in rows.values():  # those of equal epochs that are as fast and more accurate
+        row["beaten_by"] = [
+            key
+            for key, other in rows.items()
+            if other["epochs"] == row["epochs"]
+            and other["latency"]["median_ms"] <= row["latency"]["median_ms"]
+            and other["test"] > row["test"]
+        ]
+    sites = setting.graph.sites()
+    resolved = {n: es.Plan.from_toml(p["toml"]).resolve(sites) for n, p in plans.items() if "toml" in p}
+    checked = check(setting.latency, setting.graph, {DENSE: {}, **resolved})
+    print(f"dense {accuracy:.2f} %: " + ", ".join(f"{n} {timings[n]['median_ms']:.4f} ms" for n in (DENSE, *RIVALS)))
+    for key, row in rows.items():
+        print(
+            f"{key:28s} test {row['test']:.2f} % ({-row['drop']:+.2f})  {row['latency']['median_ms']:.4f} ms  "
+            f"{row['speedup_measured']:.2f}x dense  {row['of_fastest_rival']:.2f}x {fastest}  "
+            f"{'beaten by ' + ', '.join(row['beaten_by']) if row['beaten_by'] else 'on the front'}"
+        )
     print(f"latency model: mean error {mean_error(checked):.1%} over {len(checked)} networks")
     return {
+        "claim": "mapped plans lie on or above the front of the uniform ones",
         "network": "resnet20",
-        "dense_accuracy": 100 * evaluate(dense, setting.data.test).accuracy,
+        "dense_accuracy": accuracy,
+        "dense": {name: timings[name] for name in (DENSE, *RIVALS)},
         "rows": rows,
-        "dense": {name: timings[name] for name in timings if name == "dense" or name.startswith("rival ")},
+        "unreachable": {n: p["unreachable"] for n, p in plans.items() if "unreachable" in p},
         "model_check": [dataclasses.asdict(row) | {"error": row.error} for row in checked],
         "model_mean_error": mean_error(checked),
+        **{name: getattr(a, name) for name in FACTS},
+        "machine": es.machine(),
     }
 
 
-def timed(dense: nn.Module, modules: dict[str, nn.Module], example: torch.Tensor, threads: int) -> dict[str, Any]:
-    """Everything in one interleaved run: the dense network, the dense rivals, the pruned ones."""
-    calls: dict[str, Callable[[], object]] = {}
-    for name, module in {"dense": dense, **modules}.items():
-        program = es.compile(module, example, threads=threads)
-        calls[name] = lambda p=program: p(example)
-    for name in ("onnxruntime", "openvino"):
-        calls[f"rival {name}"] = rival(name)(dense, example, threads)
-    return {name: dataclasses.asdict(t) for name, t in es.bench(calls, rounds=25).items()}
-
-
-def latency_part(name: str, threads: int, speedups: list[float]) -> dict[str, Any]:
-    """Targets of one network, by rule; measured by the bench of the runtime, not by the clock that planned."""
-    torch.manual_seed(0)
-    example = torch.randn(1, *example_shape(name))
-    graph = es.capture(build(name).eval(), example)
-    model = es.latency_model(graph, threads=threads, tell=print)
-    probe, rows = Probe(graph, model.layers), []
-    for speedup in speedups:
-        try:
-            found = es.propose(graph, None, es.Targets(speedup=speedup), latency=model, threads=threads, tell=print)
-        except EspalierError as error:
-            print(f"{name} {speedup}x: {error}")
-            rows.append({"asked": speedup, "unreachable": str(error)})
-            continue
-        variants = {"dense": probe.variant({}), "plan": probe.variant(found.plan.resolve(graph.sites()))}
-        programs = {key: es.compile(variant, threads=threads) for key, variant in variants.items()}
-        timings = es.bench({key: (lambda p=p: p(example)) for key, p in programs.items()}, rounds=25)
-        got = timings["dense"].median_ms / timings["plan"].median_ms
-        print(f"{name} {speedup:g}x asked, {got:.2f}x measured: {100 * (got / speedup - 1):+.1f} %", flush=True)
-        rows.append(
-            {
-                "asked": speedup,
-                "measured": got,
-                "gap": got / speedup - 1,
-                "timings": {key: dataclasses.asdict(timing) for key, timing in timings.items()},
-                "density": sum(c.density * model.layers[s].site.weights for s, c in found.choices.items())
-                / sum(layer.site.weights for layer in model.layers.values()),
-                "toml": found.plan.to_toml(),
-            }
-        )
-    return {"network": name, "threads": threads, "points": model.points, "rows": rows}
+FACTS = ("images", "trials", "trial_images", "method", "lr", "distill", "precision", "threads", "seed")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data", help="folder of CIFAR-10")
-    parser.add_argument("--weights", default="weights", help="folder of cifar10_resnet20.safetensors")
-    parser.add_argument("--out", default="out/mapping")
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--images", type=int, default=0, help="of the training set, to try it out; 0: all")
-    parser.add_argument("--speedups", default="2,2.5,3.5")
-    parser.add_argument("--targets", default="2,3,5", help="of the networks whose latency alone is measured")
-    parser.add_argument("--networks", default="resnet50,mobilenetv2")
-    parser.add_argument("--trials", type=int, default=48, help="of the search, for each speedup")
-    parser.add_argument("--trial-images", type=int, default=10_000)
-    parser.add_argument("--workers", type=int, default=1, help="processes of the search")
-    parser.add_argument("--threads", type=int, default=1)
+    parser = options(__doc__)
+    parser.set_defaults(out="out/mapping")
+    parser.add_argument("--weights", default="cifar10_resnet20.safetensors")
+    parser.add_argument("--epochs", type=int, default=5, help="of each plan")
+    parser.add_argument("--long", type=int, default=15, help="epochs of one more training of the rule's plan; 0: none")
+    parser.add_argument("--speedups", default="2,2.6")
+    parser.add_argument("--method", choices=list(METHODS), default="admm")
+    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--distill", type=float, default=0.5)
+    parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--trials", type=int, default=32, help="of the search, for each speedup")
+    parser.add_argument("--trial-images", type=int, default=5000)
+    parser.add_argument("--images", type=int, default=0, help="of each part of the data, to try it out; 0: all")
+    parser.add_argument("--threads", type=int, default=1, help="of the latency")
+    parser.add_argument("--rounds", type=int, default=50, help="of the interleaved run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=["accuracy", "latency"], default=None)
     a = parser.parse_args()
-    torch.set_num_threads(a.threads)
-    RESULTS.mkdir(exist_ok=True)
-    facts = {"machine": es.machine(), "threads": a.threads, "seed": a.seed}
-    if a.only != "latency":
-        settings = {"epochs": a.epochs, "images": a.images, "seed": a.seed, "threads": a.threads}
-        work = Workspace(a.out, settings, resume=True)
-        data = load_data("cifar10", a.data).normalised_by(*NORM)
-        if a.images:
-            few = dataclasses.replace(
-                data.train, images=data.train.images[: a.images], labels=data.train.labels[: a.images]
-            )
-            data = dataclasses.replace(data, train=few)
-        network, example = build("resnet20").eval(), torch.zeros(1, 3, 32, 32)
-        latency = es.latency_model(es.capture(network, example), threads=a.threads, tell=print)
-        weights = Path(a.weights) / "cifar10_resnet20.safetensors"
-        setting = Setting(data, weights, work, latency, example, a.epochs, a.threads, a.seed)
-        speedups = [float(s) for s in a.speedups.split(",")]
-        result = accuracy_part(
-            setting, speedups, lambda s: searched(setting, s, a.trials, a.trial_images, a.workers, a.data)
-        )
-        write("mapping.json", {**result, "epochs": a.epochs, "images": a.images, "trials": a.trials, **facts})
+    torch.set_num_threads(1)
+    settings = {name: getattr(a, name) for name in FACTS}
+    work = Workspace(a.out, settings, resume=True)
+    network = pretrained(a.weights)
+    graph = es.capture(network, example())
+    latency = es.latency_model(graph, threads=a.threads, tell=print)
+    setting = Setting(a, cifar10(a), latency, network, graph, es.capture(pretrained(a.weights), example()))
+    speedups = [float(s) for s in a.speedups.split(",")]
+    plans = made_plans(setting, speedups, work)
+    cells = [Cell(title, s, a.epochs) for s in reversed(speedups) for title in (RULE, SEARCH, *UNIFORM)]
+    if a.long:
+        cells.insert(0, Cell(RULE, max(speedups), a.long))
+    cells = [cell for cell in dict.fromkeys(cells) if "toml" in plans[cell.name]]
+    file = Path(a.out) / "cells.json"
+    try:
+        run_cells(cells, train, a, file)
+    finally:
+        made = json.loads(file.read_text())["cells"] if file.exists() else {}
+        result = report(setting, plans, {cell: made[key_of(cell)] for cell in cells if key_of(cell) in made})
+        target = Path(a.out) / RESULTS.name if a.images else RESULTS
+        target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in result["rows"].values():
-            if "latency" in row:
-                lines.setdefault(row["plan"], []).append((row["latency"]["median_ms"], row["test_accuracy"]))
-        draw_front(
-            lines, RESULTS / "mapping.png", f"ResNet-20, CIFAR-10, {a.threads} threads, {a.epochs} epochs a plan"
-        )
-    if a.only != "accuracy":
-        targets = [float(s) for s in a.targets.split(",")]
-        rows = [latency_part(name, a.threads, targets) for name in a.networks.split(",")]
-        write("mapping_latency.json", {"networks": rows, **facts})
-
-
-def write(name: str, report: dict[str, Any]) -> None:
-    (RESULTS / name).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            title = row["plan"] if row["epochs"] == a.epochs else f"{row['plan']}, {row['epochs']} epochs"
+            lines.setdefault(title, []).append((row["latency"]["median_ms"], row["test"]))
+        draw_front(lines, target.with_suffix(".png"), f"ResNet-20, CIFAR-10, {a.threads} thread, {a.epochs} epochs")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from espalier.errors import DataError
+from espalier.errors import DataError, MissingExtraError
 from espalier.graph import capture
 from espalier.mapping import (
     Cluster,
@@ -39,6 +40,7 @@ from espalier.mapping import (
 from espalier.mapping.candidates import find
 from espalier.mapping.picture import draw_sensitivity, draw_trials
 from espalier.planning import QUICK_IMAGES, SHORT, OneShot, on_split, print_proposal
+from espalier.sparsity import Plan
 from espalier.train import Data, Recipe, build, example_shape, load_data, load_weights
 
 
@@ -78,7 +80,7 @@ def plan_command(
         check_model: check the latency model against whole networks, and print its mean error
         out: the plan file to write
     """
-    console = Console()
+    console, file = Console(), _place(out)  # before time is spent
     network, loaded, example = _network(model, data, data_root, weights)
     graph = capture(network, example)
     latency = latency_model(graph, threads=threads, tell=_teller(console))
@@ -93,7 +95,7 @@ def plan_command(
         latency=latency,
         tell=_teller(console),
     )
-    found.plan.save(_place(out))
+    _save(found.plan, file)
     print_proposal(found, console)
     for site in found.choices:
         console.print(explain(found.plan, site), highlight=False, soft_wrap=True)
@@ -137,8 +139,9 @@ def sensitivity_command(
         schemes=names,
         tell=_teller(console),
     )
-    drawn = draw_sensitivity(found, picture or Path(out).with_suffix(".png"), f"{model} on {loaded.name}, held out")
-    console.print(f"{len(found.points)} points in {out}, drawn in {drawn}", highlight=False)
+    title, target = f"{model} on {loaded.name}, held out", picture or Path(out).with_suffix(".png")
+    drawn = _drawn(lambda: draw_sensitivity(found, target, title), asked=picture is not None)
+    console.print(f"{len(found.points)} points in {out}{drawn}", highlight=False, soft_wrap=True)
 
 
 def search_command(
@@ -209,12 +212,13 @@ def search_command(
             study(space, score, file, sampler=sampler, tell=_trial_teller(console), **shared)
     known = Log(file, space.name).trials
     taken = best(known, limit)
-    space.plan(taken.picked).save(folder / "plan.toml")
-    draw_trials(known, folder / "front.png", f"{model}: the front of {len(known)} trials")
+    _save(space.plan(taken.picked), folder / "plan.toml")
+    drawn = _drawn(lambda: draw_trials(known, folder / "front.png", f"{model}: the front of {len(known)} trials"))
     console.print(
         f"best of {len(known)} trials: {taken.accuracy:.2f} % held out at {taken.latency_ms:.4g} ms by the table; "
-        f"written to {folder / 'plan.toml'}",
+        f"written to {folder / 'plan.toml'}{drawn}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -244,6 +248,23 @@ def _place(out: str) -> Path:
     except OSError as error:
         raise DataError(f"{out}: the folder cannot be made: {error.strerror}") from error
     return path
+
+
+def _save(plan: Plan, path: Path) -> None:
+    try:
+        plan.save(path)
+    except OSError as error:
+        raise DataError(f"{path}: the plan cannot be written: {error.strerror}") from error
+
+
+def _drawn(draw: Callable[[], Path], asked: bool = False) -> str:
+    """Where the picture is, as the end of a sentence; without matplotlib it is left out unless it was asked for."""
+    try:
+        return f", drawn in {draw()}"
+    except MissingExtraError as error:
+        if asked:
+            raise
+        return f"; no picture: {error}"
 
 
 def _teller(console: Console) -> Any:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from espalier.errors import PlanError
+from espalier.errors import DataError, PlanError, TrainingError
 from espalier.mapping import Proposal, Sensitivity, Targets, propose
 from espalier.methods import get, start
 from espalier.sparsity import Plan
@@ -30,10 +30,14 @@ QUICK_IMAGES = 500  # held-out images that a plan's sensitivities are read on
 def on_split(split: Split, images: int | None = None) -> Callable[[nn.Module], tuple[float, float]]:
     """Accuracy in points and loss on a split, or its first images: the `Evaluate` of mapping.
 
+    Raises DataError where there are none.
+
     >>> on_split(data.holdout, 500)(model)
     (91.4, 0.31)
     """
-    part = split if images is None else split.only(torch.arange(min(images, len(split))))
+    part = split if images is None else split.only(torch.arange(max(0, min(images, len(split)))))
+    if not len(part):
+        raise DataError(f"there is nothing to score on: {images} of {len(split)} held-out images; give --images 500")
 
     def score(model: nn.Module) -> tuple[float, float]:
         found = evaluate(model, part)
@@ -56,7 +60,7 @@ class OneShot:
 
     model: of the zoo, or package.module:factory. weights: its safetensors file. epochs: of retraining. images: of the
     training set that are used, None for all. norm: mean and deviation that the weights were trained with.
-    threads: of each worker.
+    threads: of each worker. A retraining that diverges scores 0.
     """
 
     model: str
@@ -80,11 +84,14 @@ class OneShot:
         train = data.train
         if self.images is not None:
             train = train.only(torch.arange(min(self.images, len(train))))
-        if self.epochs:
-            part = replace(data, train=train)
-            fit(network, part, replace(self.recipe, epochs=self.epochs), hooks=run, progress=False)
-        else:
-            recalibrate(network, train)
+        try:
+            if self.epochs:
+                part = replace(data, train=train)
+                fit(network, part, replace(self.recipe, epochs=self.epochs), hooks=run, progress=False)
+            else:
+                recalibrate(network, train)
+        except TrainingError:  # it diverged: a plan to keep away from, and no reason to end the search
+            return 0.0
         return 100 * evaluate(network, data.holdout).accuracy
 
 

@@ -1,6 +1,7 @@
 """Targets through the commands: plan, compress, sensitivity and search as a user meets them."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,10 @@ def test_plan_writes_a_plan_that_explains_itself(
         (["plan", "lenet_digits", "--speedup", "0.5"], "slower than dense"),
         (["plan", "lenet_digits", "--data", "digits", "--speedup", "2"], "random weights"),
         (["plan", "lenet_digits", "--speedup", "2", "--sensitivity", "nowhere.json"], "nowhere.json"),
+        (["plan", "lenet_digits", "--macs", "0.5", "--out", "/"], "cannot be written"),
+        (["plan", "lenet_digits", "--macs", "0.5", "--out", "/dev/null/plan.toml"], "cannot be made"),
+        (["plan", "lenet_digits", "--speedup", "2", "--threads", "0"], "1 thread or more"),
+        (["plan", "lenet_digits", "--speedup", "2", "--beta", "-1"], "beta is -1"),
         (["sensitivity", "lenet_digits"], "needs data"),
         (["search", "lenet_digits", "--speedup", "2"], "needs data"),
         (["compress", "lenet_digits", "--data", "digits", "--speedup", "2", "--density", "0.1"], "say either"),
@@ -91,6 +96,23 @@ def test_sensitivity_as_data_and_picture(weights: Path, tmp_path: Path) -> None:
     assert main(plan) == 0
 
 
+def test_without_matplotlib_only_the_picture_is_missing(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it raises ImportError
+    asked = ["sensitivity", "lenet_digits", "--data", "digits", "--weights", str(weights), "--schemes", "column"]
+    asked += ["--images", "20", "--out", str(tmp_path / "s.json")]
+    assert main(asked) == 0 and "no picture: matplotlib" in capsys.readouterr().out
+    assert main([*asked, "--picture", str(tmp_path / "s.png")]) == 2 and "plots" in capsys.readouterr().err
+    assert Sensitivity.load(tmp_path / "s.json").points
+
+
+def test_nothing_to_score_on(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["sensitivity", "lenet_digits", "--data", "digits", "--weights", str(weights)]
+    for images in ("0", "-3"):
+        assert main([*asked, "--images", images]) == 2 and "nothing to score on" in capsys.readouterr().err
+
+
 def test_search_goes_on_where_it_was(weights: Path, tmp_path: Path) -> None:
     asked = ["search", "lenet_digits", "--data", "digits", "--weights", str(weights), "--speedup", "1.05"]
     asked += ["--images", "200", "--out", str(tmp_path)]
@@ -108,6 +130,11 @@ def test_a_trial_scores_what_it_prunes(weights: Path) -> None:
     whole, empty = score(es.Plan(())), score(es.Plan.of({"conv2": es.scheme("column", 0.01)}))
     again = OneShot("lenet_digits", "digits", str(weights), epochs=2)(es.Plan.of({"conv2": es.scheme("column", 0.01)}))
     assert whole > 90 > empty and again > empty
+
+
+def test_a_trial_that_diverges_scores_nothing(weights: Path) -> None:
+    score = OneShot("lenet_digits", "digits", str(weights), recipe=Recipe(lr=1e30, warmup_epochs=0))
+    assert score(es.Plan(())) == 0.0
 
 
 # -- the table at the end ---------------------------------------------------------------------------

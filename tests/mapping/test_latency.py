@@ -1,6 +1,7 @@
 """The latency model: the table is what the clock says, kept, checked, rising; one real measurement."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import espalier as es
-from espalier.errors import UnknownNameError
-from espalier.mapping import check, latency_model, mean_error
-from espalier.mapping.cache import Shelf, folder, identity
+from espalier import compiler
+from espalier.errors import PlanError, UnknownNameError
+from espalier.mapping import cache, check, latency_model, mean_error
 from espalier.mapping.candidates import GRID, find, ladder
 from espalier.mapping.clock import Profile
 from espalier.mapping.latency import label_of, rising
 from espalier.mapping.layers import layers
 from espalier.mapping.probe import Probe
+from espalier.runtime.cache import Shelf
 from tests.mapping.clocks import OVERHEAD, REST, CountingClock, Net, example, step_ms
 
 WHO = {"test": 1}
@@ -30,7 +32,7 @@ def graph() -> es.Graph:
 
 
 def test_the_sum_is_the_network(graph: es.Graph, tmp_path: Path) -> None:
-    model = latency_model(graph, clock=CountingClock(), shelf=Shelf(WHO, tmp_path))
+    model = latency_model(graph, clock=CountingClock(), shelf=Shelf("latency", WHO, tmp_path))
     dense = sum(step_ms(torch.ones(site.shape)) for site in graph.sites().values()) + REST + OVERHEAD
     assert model.dense_ms == pytest.approx(dense)
     assert model.rest_ms == pytest.approx(REST) and model.overhead_ms == pytest.approx(OVERHEAD)
@@ -45,7 +47,7 @@ def test_a_wrong_table_is_seen_by_the_check(graph: es.Graph, tmp_path: Path) -> 
     def late(graphs, threads):
         return [Profile(p.steps, 2 * p.whole_ms) for p in CountingClock()(graphs, threads)]
 
-    model = latency_model(graph, clock=CountingClock(), shelf=Shelf(WHO, tmp_path))
+    model = latency_model(graph, clock=CountingClock(), shelf=Shelf("latency", WHO, tmp_path))
     assert mean_error(check(model, graph, {"dense": {}}, clock=late)) > 0.4
 
 
@@ -58,20 +60,20 @@ def test_a_step_of_several_layers_is_shared(graph: es.Graph) -> None:
 
 def test_what_stands_is_not_measured_again(graph: es.Graph, tmp_path: Path) -> None:
     first, again = CountingClock(), CountingClock()
-    one = latency_model(graph, clock=first, shelf=Shelf(WHO, tmp_path))
-    two = latency_model(graph, clock=again, shelf=Shelf(WHO, tmp_path))
+    one = latency_model(graph, clock=first, shelf=Shelf("latency", WHO, tmp_path))
+    two = latency_model(graph, clock=again, shelf=Shelf("latency", WHO, tmp_path))
     assert first.graphs > 10 and again.graphs == 0
     assert one.dense_ms == two.dense_ms and one.layer_ms("a.weight", "column", 0.2) == two.layer_ms(
         "a.weight", "column", 0.2
     )
     other = CountingClock()  # of the same shapes in another order: its rest is measured, its layers are not
     shorter = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.Conv2d(16, 16, 3, padding=1))
-    latency_model(es.capture(shorter, example()), clock=other, shelf=Shelf(WHO, tmp_path))
+    latency_model(es.capture(shorter, example()), clock=other, shelf=Shelf("latency", WHO, tmp_path))
     assert 0 < other.graphs < first.graphs
 
 
 def test_a_damaged_cache_is_measured_anew(graph: es.Graph, tmp_path: Path) -> None:
-    shelf = Shelf(WHO, tmp_path)
+    shelf = Shelf("latency", WHO, tmp_path)
     model = latency_model(graph, clock=CountingClock(), shelf=shelf)
     whole = shelf.path.read_text()
     wrong_rows = json.dumps({"who": WHO, "ms": {"a": "fast"}})
@@ -87,15 +89,21 @@ def test_a_damaged_cache_is_measured_anew(graph: es.Graph, tmp_path: Path) -> No
 def test_a_folder_that_cannot_be_written_costs_only_a_warning(graph: es.Graph, tmp_path: Path) -> None:
     (tmp_path / "latency").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="cannot be kept|not used"):
-        assert latency_model(graph, clock=CountingClock(), shelf=Shelf(WHO, tmp_path)).dense_ms > 0
+        assert latency_model(graph, clock=CountingClock(), shelf=Shelf("latency", WHO, tmp_path)).dense_ms > 0
 
 
-def test_the_folder_follows_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_of_one_engine_one_compiler_and_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path))
-    assert folder() == tmp_path
-    monkeypatch.delenv("ESPALIER_CACHE")
-    assert "espalier" in str(folder())
-    assert identity(1) != identity(2) and identity(1)["engine"]
+    one = cache.shelf(1)
+    assert one.path.is_relative_to(tmp_path / "latency") and one.path != cache.shelf(2).path
+    assert one.who["engine"] and one.path == cache.shelf(1).path
+    copied = tmp_path / "compiler"
+    shutil.copytree(Path(compiler.__file__).parent, copied)
+    (copied / "blocks.py").write_text("# another compiler")
+    monkeypatch.setattr(compiler, "__file__", str(copied / "__init__.py"))
+    cache._compiler.cache_clear()
+    assert cache.shelf(1).path != one.path
+    cache._compiler.cache_clear()
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=8))
@@ -114,7 +122,7 @@ def test_interpolation_rises_where_measurements_do_not(graph: es.Graph, tmp_path
             Profile({k: v * (1 + 0.9 * (next(calls) % 3)) for k, v in p.steps.items()}, p.whole_ms) for p in profiles
         ]
 
-    model = latency_model(graph, clock=noisy, shelf=Shelf(WHO, tmp_path))
+    model = latency_model(graph, clock=noisy, shelf=Shelf("latency", WHO, tmp_path))
     for site in model.layers:
         for label in model.candidates(site):
             ms = [model.layer_ms(site, label, d) for d in np.linspace(0.01, find(label).ceiling, 60)]
@@ -134,9 +142,14 @@ def test_layers_and_ladders(graph: es.Graph) -> None:
 
 
 def test_an_unmeasured_scheme_is_named(graph: es.Graph, tmp_path: Path) -> None:
-    model = latency_model(graph, clock=CountingClock(), shelf=Shelf(WHO, tmp_path))
+    model = latency_model(graph, clock=CountingClock(), shelf=Shelf("latency", WHO, tmp_path))
     with pytest.raises(UnknownNameError, match="measured scheme of a"):
         model.predict({"a.weight": es.scheme("block_punched", 0.3, m=3, n=1)})
+
+
+def test_no_thread_is_told(graph: es.Graph) -> None:
+    with pytest.raises(PlanError, match="1 thread or more"):
+        latency_model(graph, threads=0, clock=CountingClock())
 
 
 def test_a_real_measurement(tmp_path: Path) -> None:
@@ -145,7 +158,7 @@ def test_a_real_measurement(tmp_path: Path) -> None:
     wide = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3))
     graph = es.capture(wide, torch.zeros(1, 3, 20, 20))
     chosen = [find("column"), find("block_punched m=8 n=1")]
-    model = latency_model(graph, threads=1, candidates=lambda _: chosen, shelf=Shelf(identity(1), tmp_path))
+    model = latency_model(graph, threads=1, candidates=lambda _: chosen, shelf=Shelf("latency", WHO, tmp_path))
     assert model.layer_ms("2.weight", "column", 0.05) < 0.7 * model.dense["2.weight"]
     (row,) = check(model, graph, {"a": {"2.weight": find("column").at(0.1)}})
     assert abs(row.error) < 0.6

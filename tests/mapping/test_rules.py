@@ -1,5 +1,6 @@
 """The rule: its decisions one by one, targets met in the clock's terms, reasons that stay with the plan."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,13 @@ import espalier as es
 from espalier.errors import PlanError, UnknownNameError
 from espalier.mapping import LatencyModel, latency_model, propose
 from espalier.mapping.allocate import Options, Unreachable, allocate
-from espalier.mapping.cache import Shelf
 from espalier.mapping.candidates import Candidate, find, ladder
 from espalier.mapping.damage import Damage, Harm, errors
 from espalier.mapping.latency import Curve
 from espalier.mapping.layers import layers
 from espalier.mapping.rules import RELEASED, Rule, plan_of
 from espalier.mapping.targets import Cost, Targets, size_mb
+from espalier.runtime.cache import Shelf
 from tests.mapping.clocks import CountingClock, Net, example
 
 
@@ -28,7 +29,7 @@ def net() -> Net:
 
 @pytest.fixture(scope="module")
 def model(net: Net, tmp_path_factory: pytest.TempPathFactory) -> LatencyModel:
-    shelf = Shelf({"test": 1}, tmp_path_factory.mktemp("cache"))
+    shelf = Shelf("latency", {"test": 1}, tmp_path_factory.mktemp("cache"))
     return latency_model(es.capture(net, example()), clock=CountingClock(), shelf=shelf)
 
 
@@ -129,13 +130,51 @@ def test_several_targets_at_once(net: Net, model: LatencyModel) -> None:
 
 def test_out_of_reach_says_what_is_reachable(net: Net, model: LatencyModel) -> None:
     told: list[str] = []
-    with pytest.raises(Unreachable, match=r"latency_ms: asked .*, reachable") as error:
+    why = r"latency_ms: asked .*, reachable .*at least: .* depthwise convs, .* other steps and the call, .* lowest"
+    with pytest.raises(Unreachable, match=why) as error:
         propose(net, example(), Targets(speedup=500), latency=model, clock=CountingClock(), tell=told.append)
     assert error.value.least["latency_ms"] > 0 and "reachable" in told[0]
     with pytest.raises(PlanError, match="ask for something"):
         asked(net, model)
     with pytest.raises(PlanError, match="needs held-out data"):
         asked(net, model, max_drop=0.5)
+
+
+def test_the_bound_is_the_least(net: Net, model: LatencyModel) -> None:
+    rule = Rule(model, Damage(es.capture(net, example()).tensors, model.layers))
+    total, *parts = [float(number) for number in re.findall(r"(?:^|[:,] )([0-9.e-]+) ", rule.bounds())]
+    assert total == pytest.approx(rule.least()[0], rel=0.01) == pytest.approx(sum(parts), rel=0.01)
+    assert parts[0] == pytest.approx(model.dense["deep.weight"], rel=0.01)
+
+
+def test_targets_that_exclude_each_other_are_told() -> None:
+    """Each can be met alone: the one by the first option, the other by the second."""
+    table = {"a": Options(np.array([[2.0, 1.0], [1.0, 3.0]]), np.array([0.0, 1.0]))}
+    with pytest.raises(Unreachable, match="each can be met alone"):
+        allocate(table, ["ms", "mb"], np.zeros(2), np.array([1.5, 1.5]))
+
+
+def test_another_limit_that_takes_more_is_not_corrected(net: Net, model: LatencyModel) -> None:
+    """The size asks for so much that the latency comes out far below: nothing is to be tried again."""
+    told: list[str] = []
+    target = Targets(speedup=1.05, macs=0.12)
+    made = propose(net, example(), target, latency=model, clock=CountingClock(), tell=told.append)
+    assert made.predicted.macs <= 0.12 * made.dense.macs and sum("corrected" in line for line in told) <= 1
+
+
+def test_a_predicted_drop_above_the_allowed_one_is_told(net: Net, model: LatencyModel) -> None:
+    harms = {site: [Harm(1.0, 5.0, 90.0)] for site in es.capture(net, example()).sites()}
+    for allowed, warned in ((0.01, True), (50.0, False)):
+        told: list[str] = []
+        target = Targets(speedup=1.8, max_drop=allowed)
+        propose(net, example(), target, latency=model, harms=harms, clock=CountingClock(), tell=told.append)
+        assert any("may be lost" in line for line in told) == warned
+
+
+@pytest.mark.parametrize("beta", [-0.1, float("nan")])
+def test_an_impossible_beta(net: Net, model: LatencyModel, beta: float) -> None:
+    with pytest.raises(PlanError, match="beta"):
+        propose(net, example(), Targets(speedup=2), latency=model, clock=CountingClock(), beta=beta)
 
 
 @pytest.mark.parametrize("wrong", [{"speedup": 0.5}, {"latency_ms": 0}, {"macs": -1}, {"size_mb": float("nan")}])
@@ -193,12 +232,6 @@ def test_allocation_is_near_the_best_of_all() -> None:
             if sum(table[s].costs[k, 0] for s, k in zip("abcd", ks)) <= limit[0]
         )
         assert ours <= 1.6 * best + 1e-9
-
-
-def test_allocation_says_when_nothing_helps() -> None:
-    table = {"a": Options(np.array([[2.0, 1.0], [1.0, 3.0]]), np.array([0.0, 1.0]))}
-    with pytest.raises(Unreachable, match=r"exclude each other|reachable"):
-        allocate(table, ["ms", "mb"], np.zeros(2), np.array([1.5, 1.5]))
 
 
 # -- damage -----------------------------------------------------------------------------------------

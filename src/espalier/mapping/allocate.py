@@ -28,14 +28,16 @@ class Options:
 
 
 class Unreachable(PlanError):
-    """No choice of options stays below the limits; `least` is what can be had of each cost."""
+    """No choice of options stays below the limits.
 
-    def __init__(self, kinds: Sequence[str], limits: np.ndarray, least: np.ndarray) -> None:
+    least: what can be had of each cost. why: what stands in the way, in words.
+    """
+
+    def __init__(self, kinds: Sequence[str], limits: np.ndarray, least: np.ndarray, why: str = "") -> None:
         self.least = dict(zip(kinds, least.tolist()))
         told = [f"{k}: asked {a:.4g}, reachable {b:.4g}" for k, a, b in zip(kinds, limits, least) if b > a]
-        super().__init__(
-            "the target cannot be reached together: " + "; ".join(told or ["the limits exclude each other"])
-        )
+        each = "each can be met alone, but not all of them at once: loosen one"
+        super().__init__("the target is out of reach: " + "; ".join(told or [each]) + (f" ({why})" if why else ""))
 
 
 def allocate(

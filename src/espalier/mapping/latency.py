@@ -2,7 +2,7 @@
 
     latency(plan) = sum over layers of t(layer shape, scheme, block, density, threads) + other steps + overhead per step
 
-The table is built on demand for the shapes at hand (see `probe` for how), kept by machine and engine build (see
+The table is built on demand for the shapes at hand (see `probe` for how), kept by machine, engine and compiler (see
 `cache`), and interpolated so that less weights never take longer. Source: arXiv 2111.11581, whose latency model is such
 a table; measuring inside the network is our reading.
 """
@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from espalier.errors import UnknownNameError
+from espalier.errors import PlanError, UnknownNameError
 from espalier.graph.ir import Graph
-from espalier.mapping.cache import Shelf, identity
+from espalier.mapping import cache
 from espalier.mapping.candidates import GRID, Candidate, ladder
 from espalier.mapping.clock import Clock, Profile, engine_clock
 from espalier.mapping.layers import Layer, layers
 from espalier.mapping.probe import Probe
+from espalier.runtime.cache import Shelf
 from espalier.sparsity import CATALOG, Scheme
 
 Rows = dict[str, float]
@@ -116,12 +117,15 @@ def latency_model(
     """The latency model of a network; what the cache lacks is measured now (ResNet-50 from nothing: about a minute).
 
     candidates: which schemes each layer is measured in. clock: who measures. tell: is told how far it is.
+    Raises PlanError for less than one thread.
 
     >>> model = es.latency_model(es.capture(network, example), threads=1)
     >>> model.predict(es.Plan.uniform("block_punched", 0.2).resolve(graph.sites())) < model.dense_ms
     True
     """
-    shelf = shelf or Shelf(identity(threads))
+    if threads < 1:
+        raise PlanError(f"a latency is meant for 1 thread or more, got {threads}")
+    shelf = shelf or cache.shelf(threads)
     found = layers(graph)
     ladders = {site: tuple(candidates(layer)) for site, layer in found.items()}
     rows = shelf.read()
@@ -135,7 +139,8 @@ def latency_model(
         tell(f"measuring layers on the engine: {number + 1} of {len(batches)}")
         profiles = clock([probe.variant({s: c.at(d) for s, (c, d) in wanted.items()}) for wanted in batch], threads)
         measured = _rows(probe, network, batch, profiles, seen)
-        rows = {**rows, **shelf.add(measured), **measured}
+        shelf.add(measured)
+        rows = {**rows, **measured}
     return _model(found, ladders, rows, network, threads)
 
 

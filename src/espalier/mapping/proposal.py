@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -49,23 +50,14 @@ class Proposal:
         """For a table: what, asked, reachable (from .. to), predicted, measured."""
         speed = self.dense.latency_ms / self.predicted.latency_ms
         most = self.dense.latency_ms / self.least.latency_ms
-        asked = self.targets.told()
-        rows = [
-            ("speedup", "", f"1 .. {most:.2f}x", f"{speed:.2f}x", _or(self.measured_speedup, "{:.2f}x")),
-            (
-                "latency_ms",
-                "",
-                f"{self.dense.latency_ms:.4g} .. {self.least.latency_ms:.4g}",
-                f"{self.predicted.latency_ms:.4g}",
-                _or(self.measured_ms, "{:.4g}"),
-            ),
-            *[
-                (k, "", f"{self.dense[k]:.4g} .. {self.least[k]:.4g}", f"{self.predicted[k]:.4g}", "")
-                for k in ("size_mb", "macs")
-            ],
-            ("max_drop", "", "", _or(self.predicted_drop, "about {:.2f} points"), ""),
-        ]
-        return [(name, f"{asked[name]:g}" if name in asked else "", *row) for name, _, *row in rows]  # type: ignore[misc]
+        measured = {"latency_ms": _or(self.measured_ms, "{:.4g}")}
+        told = {"speedup": (f"1 .. {most:.2f}x", f"{speed:.2f}x", _or(self.measured_speedup, "{:.2f}x"))}
+        for kind in KINDS:
+            reach = f"{self.dense[kind]:.4g} .. {self.least[kind]:.4g}"
+            told[kind] = reach, f"{self.predicted[kind]:.4g}", measured.get(kind, "")
+        told["max_drop"] = "", _or(self.predicted_drop, "about {:.2f} points"), ""
+        asked = {name: f"{value:g}" for name, value in self.targets.told().items()}
+        return [(name, asked.get(name, ""), *values) for name, values in told.items()]
 
 
 def propose(
@@ -91,10 +83,12 @@ def propose(
         got wrong, until the asked latency is met to 2 %, or four times.
     tell: is told what is reachable before time is spent, and how far it is.
 
-    Raises PlanError for targets that are empty or out of reach (saying what is), or that need `evaluate`.
+    Raises PlanError for targets that are empty or out of reach (saying what is, and why), or that need `evaluate`.
     """
     if targets.empty:
         raise PlanError("ask for something: speedup=3, latency_ms=5, size_mb=2, macs=0.3 or max_drop=0.5")
+    if not (math.isfinite(beta) and beta >= 0):
+        raise PlanError(f"beta is {beta}: how much slower than coarse pruning a small block may be, 0 or more")
     graph = model if isinstance(model, Graph) else capture(model, example_inputs)  # type: ignore[arg-type]
     latency = latency or latency_model(graph, threads=threads, clock=clock, tell=tell)
     sites = graph.sites()
@@ -110,7 +104,9 @@ def propose(
     )
     for kind, limit in limits.items():
         if limit < least[kind]:
-            raise Unreachable(list(limits), np.array(list(limits.values())), np.array([least[k] for k in limits]))
+            reachable = np.array([least[k] for k in limits])
+            why = rule.bounds() if kind == "latency_ms" else ""
+            raise Unreachable(list(limits), np.array(list(limits.values())), reachable, why)
     if evaluate is not None and harms is None:
         if isinstance(model, Graph):
             raise PlanError("evaluating needs the network itself: give propose the module, not its graph")
@@ -125,6 +121,8 @@ def propose(
     if verify:
         choices, measured = _verified(graph, rule, choices, limits, clock, tell)
     drop = None if harms is None else _drop(rule, choices)
+    if drop is not None and targets.max_drop is not None and drop > targets.max_drop:
+        tell(f"about {drop:.2f} points may be lost, where {targets.max_drop:g} are allowed: a rough guess")
     tell(f"chosen: {told(list(choices.values()))}")
     return Proposal(
         plan_of(choices),
@@ -187,9 +185,12 @@ def _verified(
             break
         tell(f"measured {ms:.4g} ms where {asked:.4g} were asked: the allocation is corrected")
         aim *= asked / ms
+        before = choices
         try:
             choices = rule.choose({**limits, "latency_ms": aim})
         except Unreachable:
+            break
+        if choices == before:  # something else is asked that takes more than this
             break
     choices, ms = min(seen, key=lambda pair: abs(pair[1] / asked - 1)) if asked is not None else seen[-1]
     return choices, (rule.model.dense_ms, ms)

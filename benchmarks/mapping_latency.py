@@ -1,0 +1,113 @@
+"""Targets of latency met by measurement, and the latency model against whole networks; no training.
+
+    python benchmarks/mapping_latency.py                                    # ResNet-50 and MobileNetV2: 2x, 3x, 5x
+    python benchmarks/mapping_latency.py --networks resnet20 --speedups 2
+
+Weights are random: only latency counts. A plan by rule is timed beside the dense network by the bench of the runtime,
+not by the clock that planned. Where a target is out of reach, the row says what is reachable and why. The latency
+model is checked against whole networks: the dense one, every scheme alone at three densities, and the plans.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import espalier as es
+from espalier.errors import EspalierError
+from espalier.mapping import LatencyModel, check, mean_error
+from espalier.mapping.candidates import find
+from espalier.mapping.probe import Probe
+from espalier.sparsity import Scheme
+from espalier.train import build, example_shape
+
+RESULTS = Path(__file__).parent / "results" / "mapping_latency.json"
+DENSITIES = (0.6, 0.25, 0.12)  # at which the latency model is checked: none is in its table
+
+
+def network_rows(name: str, speedups: list[float], threads: int, rounds: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    graph = es.capture(build(name).eval(), torch.zeros(1, *example_shape(name)))
+    began = time.perf_counter()
+    model = es.latency_model(graph, threads=threads, tell=print)
+    table_seconds = time.perf_counter() - began
+    rows, plans = [], alone(model)
+    for speedup in speedups:
+        began = time.perf_counter()
+        try:
+            found = es.propose(graph, None, es.Targets(speedup=speedup), latency=model, threads=threads, tell=print)
+        except EspalierError as error:
+            print(f"{name} {speedup:g}x: {error}", flush=True)
+            rows.append({"asked": speedup, "unreachable": str(error)})
+            continue
+        seconds = time.perf_counter() - began
+        plans[f"plan {speedup:g}x"] = found.plan.resolve(graph.sites())
+        rows.append({"asked": speedup, "seconds": seconds, **measured(graph, model, found, speedup, rounds)})
+        print(f"{name} {speedup:g}x asked, {rows[-1]['measured']:.2f}x measured: {rows[-1]['gap']:+.1%}", flush=True)
+    checked = check(model, graph, plans)
+    print(f"{name}: latency model, mean error {mean_error(checked):.1%} over {len(checked)} networks", flush=True)
+    return {
+        "network": name,
+        "table_seconds": table_seconds,
+        "model_mean_error": mean_error(checked),
+        "rows": rows,
+        "model_check": [dataclasses.asdict(row) | {"error": row.error} for row in checked],
+    }
+
+
+def measured(
+    graph: es.Graph, model: LatencyModel, found: es.mapping.Proposal, speedup: float, rounds: int
+) -> dict[str, Any]:
+    """A plan beside the dense network, both with random weights."""
+    probe, x = Probe(graph, model.layers), torch.randn(*graph.values[graph.inputs[0]].shape)
+    variants = {"dense": probe.variant({}), "plan": probe.variant(found.plan.resolve(graph.sites()))}
+    programs = {key: es.compile(variant, threads=model.threads) for key, variant in variants.items()}
+    timings = es.bench({key: (lambda p=p: p(x)) for key, p in programs.items()}, rounds=rounds)
+    got = timings["dense"].median_ms / timings["plan"].median_ms
+    whole = sum(layer.site.weights for layer in model.layers.values())
+    return {
+        "measured": got,
+        "gap": got / speedup - 1,
+        "density": sum(c.density * model.layers[s].site.weights for s, c in found.choices.items()) / whole,
+        "timings": {key: dataclasses.asdict(timing) for key, timing in timings.items()},
+        "toml": found.plan.to_toml(),
+    }
+
+
+def alone(model: LatencyModel) -> dict[str, dict[str, Scheme]]:
+    """Plans to check the model with: dense, and every scheme wherever it fits, at several densities."""
+    plans: dict[str, dict[str, Scheme]] = {"dense": {}}
+    for label in dict.fromkeys(each for s in model.layers for each in model.candidates(s)):
+        for density in DENSITIES:
+            sites = [s for s in model.layers if label in model.candidates(s)]
+            plans[f"{label}, {density:g}"] = {s: find(label).at(density) for s in sites}
+    return plans
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", default="resnet20,resnet50,mobilenetv2")
+    parser.add_argument("--speedups", default="2,3,5")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=25)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    held = json.loads(RESULTS.read_text())["networks"] if RESULTS.exists() else {}
+    for name in a.networks.split(","):
+        speedups = [float(s) for s in a.speedups.split(",")]
+        held[f"{name}, {a.threads} threads"] = {
+            **network_rows(name, speedups, a.threads, a.rounds),
+            "threads": a.threads,
+        }
+        report = {"machine": es.machine(), "networks": held}
+        RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
