@@ -216,7 +216,7 @@ def test_folders_of_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_without_epochs_the_choice_is_made_at_once(tmp_path: Path) -> None:
-    for method in es.METHODS:
+    for method in ("magnitude", "admm"):
         made = es.compress(
             "lenet_digits", "digits", out=tmp_path / method, density=0.3, epochs=0, dense_epochs=0, method=method
         )

@@ -24,12 +24,12 @@ from espalier.cli_mapping import MAPPING_COMMANDS
 from espalier.cli_options import Parser, at_least_one, written
 from espalier.compress import compress
 from espalier.errors import DataError, EspalierError
-from espalier.graph import Value, capture, shrink
+from espalier.graph import Value, capture, shrink, to_module
 from espalier.mapping import uniform
 from espalier.methods import get, start
 from espalier.report import BenchReport, screen, size, tell
 from espalier.runtime import bench, compile, layers, machine, peak_gflops, rival
-from espalier.store import info, load, write_whole
+from espalier.store import info, load, load_graph, write_whole
 from espalier.train import DATA, Recipe, build, example_shape
 
 INTERRUPTED = 130
@@ -210,11 +210,11 @@ def bench_command(
     timings = bench(candidates, rounds=rounds)
     facts = machine()
     report = BenchReport(
-        f"{file_or_model}, batch {batch}, {threads} threads, {facts['cpu']}",
+        f"{file_or_model}, batch {len(example)}, {threads} thread{'s' * (threads > 1)}, {facts['cpu']}",
         timings,
         layers(program, example),
         peak_gflops(threads),
-        {**facts, "threads": threads, "batch": batch, "density": density, "scheme": scheme},
+        {**facts, "threads": threads, "batch": len(example), "density": density, "scheme": scheme},
         program.fallbacks,
     )
     report.show(screen())
@@ -276,12 +276,16 @@ def _flat(result: Any) -> list[np.ndarray]:
 
 
 def _open(name: str, batch: int) -> tuple[nn.Module, Tensor]:
-    """The module of a file or of the zoo, and an example input of `batch` samples."""
-    if Path(name).suffix == ".esp":
-        program = load(name)
-        shape = program.graph.values[program.graph.inputs[0]].shape
-        return program.to_module(), torch.randn(batch, *shape[1:])
-    return build(name).eval(), torch.randn(batch, *example_shape(name))
+    """The module of a file or of the zoo, and an example input of `batch` samples. Raises DataError for several."""
+    if Path(name).suffix != ".esp":
+        return build(name).eval(), torch.randn(batch, *example_shape(name))
+    graph = load_graph(name)
+    values = [graph.values[value] for value in graph.inputs]
+    if len(values) != 1:
+        raise DataError(f"{name} takes {len(values)} inputs ({', '.join(graph.inputs)}): time it by es.bench")
+    shape = (batch, *values[0].shape[1:]) if values[0].batched else values[0].shape
+    make = torch.randn if values[0].dtype.is_floating_point else torch.zeros
+    return to_module(graph), make(shape, dtype=values[0].dtype)
 
 
 def _cut(module: nn.Module, example: Tensor, density: float, scheme: str) -> nn.Module:

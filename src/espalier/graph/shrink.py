@@ -251,6 +251,7 @@ _SIZES: dict[type[nn.Module], dict[str, Any]] = {
     for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 }
 _SIZES[nn.Linear] = {"out_features": lambda m: m.weight.shape[0], "in_features": lambda m: m.weight.shape[1]}
+_SIZES[nn.PReLU] = {"num_parameters": lambda m: len(m.weight)}
 for _norm in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
     _SIZES[_norm] = {"num_features": lambda m: len(m.running_mean)}
 
