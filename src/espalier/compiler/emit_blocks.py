@@ -112,7 +112,7 @@ def _columns(e: Emitter, node: Node, shape: tuple[int, ...], columns: np.ndarray
 def _phases(e: Emitter, node: Node, used: set[Pair]) -> Place:
     """The phases of a strided window, one set of planes each: the kernel reads them with stride 1.
 
-    used: where those that this conv reads begin. The first conv to read a value with this stride gathers for all others.
+    used: where those that this conv reads begin. The first to read a value with this stride gathers for all.
     """
     value, name = str(node.inputs[0]), phases_of(node)
     if name in e.phases:
