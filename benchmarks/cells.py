@@ -1,16 +1,19 @@
 """Cells of a grid of experiments: done side by side in processes, each kept as it ends; stopped, the grid goes on.
 
 A cell is a frozen dataclass of plain values; its key is those values joined by slashes. What a cell came to stands in
-the results file under its key, beside the machine it ran on; a cell that is there is not done again.
+the results file under its key, beside the machine it ran on; a cell that is there is not done again. Cells of other
+settings (epochs, recipe, versions) never stand in one file with these: such a file is set aside and begun anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -41,13 +44,20 @@ def options(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def run_cells(cells: Sequence[Any], work: Work, arguments: argparse.Namespace, results: Path, **facts: Any) -> None:
+def run_cells(
+    cells: Sequence[Any],
+    work: Work,
+    arguments: argparse.Namespace,
+    results: Path,
+    settings: dict[str, Any],
+    **measured: Any,
+) -> None:
     """Do the cells that are wanted and not done yet; write each into `results` as it ends.
 
-    facts: stand at the top of the file. A cell that fails is told and left out; the others go on. Exits with status 1
-    if any failed.
+    settings: the same for all cells of the file, at whose top they stand; beside them what else was `measured`. A cell
+    that fails is told and left out; the others go on. Exits with status 1 if any failed.
     """
-    made: dict[str, Any] = json.loads(results.read_text())["cells"] if results.exists() else {}
+    made = _done(results, settings)
     wanted = [cell for cell in cells if fnmatch(key_of(cell), arguments.only) and key_of(cell) not in made]
     print(f"{len(cells)} cells, {len(made)} done before, {len(wanted)} to do")
     until, failed = time.monotonic() + 60 * arguments.minutes, 0
@@ -64,11 +74,26 @@ def run_cells(cells: Sequence[Any], work: Work, arguments: argparse.Namespace, r
                 continue
             if result is not None:
                 made[key] = result
-                _write(results, {**facts, "machine": es.machine(), "cells": dict(sorted(made.items()))})
+                _write(results, {**settings, **measured, "machine": es.machine(), "cells": dict(sorted(made.items()))})
                 told = "  ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, float | int))
                 print(f"[{number}/{len(wanted)}] {key}  {told}", flush=True)
     if failed:
         sys.exit(1)
+
+
+def _done(results: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The cells of the file, if they were made with these settings; else it is renamed, and there are none."""
+    if not results.exists():
+        return {}
+    before = json.loads(results.read_text(encoding="utf-8"))
+    changed = [k for k, v in json.loads(json.dumps(settings)).items() if before.get(k) != v]
+    if not changed:
+        return before["cells"]
+    aside = next(p for k in itertools.count(1) if not (p := results.with_suffix(f".before{k}.json")).exists())
+    results.rename(aside)
+    told = ", ".join(f"{k} was {before.get(k)!r}, is {settings[k]!r}" for k in changed)
+    print(f"{results.name} holds cells of other settings ({told}): set aside as {aside.name}")
+    return {}
 
 
 def _timed(work: Work, cell: Any, arguments: argparse.Namespace, until: float) -> dict[str, Any] | None:
@@ -80,6 +105,15 @@ def _timed(work: Work, cell: Any, arguments: argparse.Namespace, until: float) -
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A grid that is killed leaves nothing running."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

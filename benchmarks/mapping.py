@@ -359,7 +359,7 @@ def main() -> None:
     cells = [cell for cell in dict.fromkeys(cells) if "toml" in plans[cell.name]]
     file = Path(a.out) / "cells.json"
     try:
-        run_cells(cells, train, a, file)
+        run_cells(cells, train, a, file, settings)
     finally:
         made = json.loads(file.read_text())["cells"] if file.exists() else {}
         result = report(setting, plans, {cell: made[key_of(cell)] for cell in cells if key_of(cell) in made})

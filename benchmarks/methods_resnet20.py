@@ -25,6 +25,7 @@ import torch_pruning
 from cells import options, run_cells
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 import espalier as es
 from espalier.errors import EspalierError
@@ -37,6 +38,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {"ramp": ("magnitude", {"ramp":
     name: (name, {}) for name in es.METHODS if name != "magnitude"
 }
 RIVALS = ("one-shot", "group_norm", "group_sl")
+STEPS = 400  # of Torch-Pruning on its way, as in its own benchmark
 SCHEMES = ("filter", "filter+column", "column", "block_punched", "pattern+kernel", "weight")
 
 
@@ -52,14 +54,20 @@ CELLS = [
     *(Cell(method, "filter", factor) for factor in (4, 2, 8, 16) for method in RIVALS),
     *(Cell("one-shot", "block_punched", factor) for factor in (4, 2, 8, 16)),
     *(Cell(method, "block_punched", 4) for method in METHODS),
-    *(Cell(method, "filter+column", 4) for method in METHODS),
-    *(Cell("admm", scheme, 4) for scheme in SCHEMES if scheme not in ("block_punched", "filter+column")),
+    *(Cell("admm", scheme, 4) for scheme in SCHEMES if scheme != "block_punched"),
     *(Cell(method, "block_punched", factor) for factor in (2, 8, 16) for method in ("ramp", "admm", "reweighted")),
 ]
 
 
 def useful_macs(model: nn.Module, example: Tensor) -> int:
     return es.size(es.capture(es.shrink(copy.deepcopy(model).eval(), example), example)).useful_macs
+
+
+def macs(model: nn.Module, example: Tensor) -> int:
+    """Multiply-accumulates of convs and linear layers: what `useful_macs` counts, in milliseconds."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(model).eval()(example)
+    return counter.get_total_flops() // 2
 
 
 def plan_for(model: nn.Module, example: Tensor, scheme: str, wanted: float) -> es.Plan:
@@ -126,7 +134,7 @@ def theirs(cell: Cell, model: nn.Module, example: Tensor, wanted: float, trainer
     settings: dict[str, Any] = dict(
         importance=importance,
         global_pruning=True,
-        iterative_steps=400,
+        iterative_steps=STEPS,
         pruning_ratio=1.0,
         max_pruning_ratio=0.9,
         ignored_layers=[m for m in model.modules() if isinstance(m, nn.Linear)],
@@ -137,8 +145,12 @@ def theirs(cell: Cell, model: nn.Module, example: Tensor, wanted: float, trainer
         handles = _regularised(model, pruner)
         trainer.train(model, learning, trainer.recipe.lr)
         handles()
-    while torch_pruning.utils.count_ops_and_params(model, example)[0] > wanted:
+    for _ in range(STEPS):
+        if macs(model, example) <= wanted:
+            break
         pruner.step()
+    else:
+        raise ValueError(f"torch-pruning cannot leave {wanted:.3g} multiply-accumulates")
     recalibrate(model, trainer.data.train)
     trainer.train(model, epochs - learning, trainer.recipe.lr)
     return model
@@ -146,8 +158,7 @@ def theirs(cell: Cell, model: nn.Module, example: Tensor, wanted: float, trainer
 
 def _regularised(model: nn.Module, pruner: Any) -> Callable[[], None]:
     """Before every step of an optimizer the pruner adds to the gradients; returns what ends it."""
-    if hasattr(pruner, "update_regularizer"):
-        pruner.update_regularizer()
+    pruner.update_regularizer()
     handle = register_optimizer_step_pre_hook(lambda *_: pruner.regularize(model))
     return handle.remove
 
@@ -168,12 +179,12 @@ def work(cell: Cell, arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--weights", default="cifar10_resnet20_distiller.safetensors")
-    parser.add_argument("--epochs", type=int, default=8, help="of each cell")
+    parser.add_argument("--epochs", type=int, default=4, help="of each cell")
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--precision", default="bf16-mixed")
     arguments = parser.parse_args()
-    facts = {name: getattr(arguments, name) for name in ("epochs", "lr", "precision")}
-    run_cells(CELLS, work, arguments, RESULTS, **facts, torch_pruning=torch_pruning.__version__)
+    settings = {name: getattr(arguments, name) for name in ("epochs", "lr", "precision")}
+    run_cells(CELLS, work, arguments, RESULTS, {**settings, "torch_pruning": torch_pruning.__version__})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Writes docs/results.md from the JSON files of the benchmarks: what stands there was measured by a script here.
+"""Writes docs/results.md, and the README's table of latencies, from the JSON files of the benchmarks.
 
     python benchmarks/page.py
 
-Cells of a grid that have not been run yet stand as "open".
+What stands there was measured by a script here. Cells of a grid that have not been run yet stand as "open".
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- engines: written by benchmarks/page.py -->\n", "<!-- /engines -->\n"
 HEAD = """# Results
 
 Written by `benchmarks/page.py` from the JSON files in `benchmarks/results/`; "open" means not run yet. Accuracies are
@@ -63,6 +65,62 @@ def methods_resnet20(report: dict[str, Any]) -> str:
     epochs = f"{report['epochs']} epochs each, {report['precision']}, Torch-Pruning {report['torch_pruning']}."
     headings = ["method", "scheme", *(f"{f}x fewer MACs" for f in factors)]
     return f"{epochs} Top-1 %:\n\n{table(headings, rows)}"
+
+
+def engines(report: dict[str, Any]) -> str:
+    """A table for each number of threads: the rivals' times, ours, and the targets."""
+    parts = []
+    for threads in sorted({row["threads"] for row in report["rows"]}):
+        rows = [row for row in report["rows"] if row["threads"] == threads]
+        names = list(rows[0]["rivals"])
+        peak = max(row["peak_gflops"] for row in rows)
+        parts.append(f"**{threads} thread{'s' if threads > 1 else ''}** (peak {peak:.0f} GFLOP/s), ms:")
+        lines = [
+            [row["network"], name, f"{v['median_ms']:.3g}"]
+            + [f"{row['rivals'][rival]['median_ms']:.3g}" for rival in names]
+            + [f"**{v['achieved']:.2f}x**", f"{v['at_least']}x", f"{v['aim']}x", _met(v)]
+            for row in rows
+            for name, v in row["variants"].items()
+        ]
+        titles = [name.replace("_", ".") for name in names]
+        parts.append(table(["network", "weights", "ours", *titles, "of the fastest", "at least", "aim", ""], lines))
+    held = report.get("memory_mb", {})
+    if held:
+        names = list(next(iter(held.values())))
+        parts.append("Memory that a process holds after a run beyond what it held before, MB, 1 thread, dense:")
+        parts.append(table(["network", *names], [[n, *(f"{v:.0f}" for v in row.values())] for n, row in held.items()]))
+    return "\n\n".join(parts)
+
+
+def _met(variant: dict[str, Any]) -> str:
+    reached = variant["achieved"]
+    return "aim met" if reached >= variant["aim"] else "met" if reached >= variant["at_least"] else "not met"
+
+
+def readme_engines(report: dict[str, Any]) -> str:
+    """The README's table: one thread and the most threads."""
+    counts = sorted({row["threads"] for row in report["rows"]})
+    lines = []
+    for row in sorted(report["rows"], key=lambda row: (row["network"], row["threads"])):
+        if row["threads"] not in (counts[0], counts[-1]):
+            continue
+        fastest = row["rivals"][row["fastest_rival"]]["median_ms"]
+        entry = [row["network"], row["threads"], f"{row['fastest_rival']} {fastest:.3g}"]
+        variants = row["variants"]
+        for name in ("dense 1.0", "block_punched 0.2", "block_punched 0.1", "weight 0.1"):
+            v = variants.get(name)
+            entry.append(f"{v['median_ms']:.3g} ({v['achieved']:.2f}x)" if v else "")
+        lines.append(entry)
+    headings = [
+        "network",
+        "threads",
+        "fastest rival, ms",
+        "ours: dense",
+        "blocks, 0.2",
+        "blocks, 0.1",
+        "single weights, 0.1",
+    ]
+    return table(headings, lines) + "\n"
 
 
 def mapping(report: dict[str, Any]) -> str:
@@ -115,26 +173,54 @@ def mapping_latency(report: dict[str, Any]) -> str:
     )
 
 
+def overhead(report: dict[str, Any]) -> str:
+    schemes = list(dict.fromkeys(row["scheme"] for row in report["rows"]))
+    by = {(row["method"], row["scheme"]): row["overhead"] for row in report["rows"]}
+    rows = [
+        [m, *(f"{100 * by[m, s]:+.1f} %" for s in schemes)] for m in dict.fromkeys(m for m, _ in by) if m != "dense"
+    ]
+    limit = f"at most {100 * report['limit']:.0f} % is allowed"
+    told = f"Batch {report['batch']} on {report['device']}, {report['threads']} threads; {limit}."
+    return f"{told}\n\n{table(['method', *schemes], rows)}"
+
+
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "engines": ("The engine against others", engines),
     "lenet5": ("LeNet-5: ADMM, purification, unused path removal", lenet5),
     "lenet5_far": ("LeNet-5: how far it goes at 99.0 %", lenet5),
     "methods_lenet5": ("Every method with every scheme, LeNet-5 / MNIST", methods_lenet5),
     "methods_resnet20": ("Methods, schemes and rivals, ResNet-20 / CIFAR-10", methods_resnet20),
+    "overhead": ("What a method costs beside a dense training step, ResNet-18 / CIFAR", overhead),
     "mapping": ("Mapping: accuracy against measured latency, ResNet-20 / CIFAR-10", mapping),
-    "mapping_latency": ("Mapping: targets of latency, random weights", mapping_latency),
+    "mapping_latency": ("Mapping: targets of latency", mapping_latency),
 }
+
+
+def _read(name: str) -> dict[str, Any] | None:
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def page() -> str:
     parts = [HEAD.strip()]
     for name, (title, render) in SECTIONS.items():
-        file = RESULTS / f"{name}.json"
-        if file.exists():
-            report = json.loads(file.read_text(encoding="utf-8"))
-            told = f"`benchmarks/{name}.py`, {report['machine']['cpu']}."
+        if report := _read(name):
+            machine = report["machine"] if "machine" in report else report["rows"][0]["machine"]
+            told = f"`benchmarks/{name}.py`, {machine['cpu']}."
             parts += [f"## {title}", told, render(report)]
     return "\n\n".join(parts) + "\n"
 
 
+def readme() -> str:
+    """The README with its table as the results say."""
+    text = README.read_text(encoding="utf-8")
+    report = _read("engines")
+    if report is None or BEGIN not in text:
+        return text
+    head, rest = text.split(BEGIN)
+    return head + BEGIN + readme_engines(report) + END + rest.split(END)[1]
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(readme(), encoding="utf-8")

@@ -1,7 +1,9 @@
 """The command line as a user meets it: the whole way, wrong input, Ctrl-C, resuming."""
 
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +15,8 @@ import pytest
 import torch
 
 import espalier as es
-from espalier.cli import main
+from espalier.cli import COMMANDS, main
+from espalier.cli_options import written
 
 QUICK = ["--density", "0.2", "--epochs", "6", "--dense-epochs", "4", "--recipe.batch_size", "64", "--seed", "1"]
 
@@ -79,6 +82,11 @@ def test_info_run_and_bench(finished: Path, tmp_path: Path, capsys: pytest.Captu
         (["info", "nowhere.esp"], "cannot be read"),
         (["run", "nowhere.esp", "--input", "x.npy", "--output", "y.npy"], "cannot be read"),
         (["bench", "lenet5", "--against", "tensort"], "unknown rival"),
+        (["bench", "lenet5", "--threads", "0"], "--threads is 0, expected 1 or more"),
+        (["bench", "lenet5", "--rounds", "-1"], "--rounds is -1"),
+        (["compress", "lenet_digits", "--data", "digits", "--density", "0.5", "--epochs", "-1"], "epochs is -1"),
+        (["compress", "lenet_digits", "--data", "digits", "--density", "0.5", "--threads", "-1"], "threads is -1"),
+        (["compress", "lenet_digits", "--data", "digits", "--density", "0.5", "--out", "/dev/null/a"], "cannot write"),
     ],
 )
 def test_wrong_input_is_told(
@@ -99,16 +107,23 @@ def test_wrong_shapes_and_damaged_files(finished: Path, tmp_path: Path, capsys: 
     data = (finished / "model.esp").read_bytes()
     (tmp_path / "cut.esp").write_bytes(data[: len(data) // 2])
     (tmp_path / "x.txt").write_text("no array")
+    np.savez(tmp_path / "x.npz", a=np.zeros(3), b=np.zeros(3))
+    np.save(tmp_path / "wide.npy", np.zeros((1, 1, 8, 8)))
+    np.save(tmp_path / "right.npy", np.zeros((1, 1, 8, 8), np.float32))
     output = ["--output", str(tmp_path / "y.npy")]
     file = str(finished / "model.esp")
     for arguments, message in (
         (["run", file, "--input", str(tmp_path / "x.npy"), *output], "expected"),
         (["run", file, "--input", str(tmp_path / "x.txt"), *output], "npy"),
+        (["run", file, "--input", str(tmp_path / "x.npz"), *output], "holds several arrays (a, b)"),
+        (["run", file, "--input", str(tmp_path / "wide.npy"), *output], "expected float32, got float64"),
+        (["run", file, "--input", str(tmp_path / "right.npy"), "--output", str(tmp_path)], "cannot be written"),
         (["run", file], "--input"),
         (["info", str(tmp_path / "cut.esp")], "cut off"),
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+    assert not (tmp_path / "y.npy").exists()
 
 
 def test_a_finished_run_is_not_overwritten(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,3 +163,61 @@ def test_options_from_a_file(tmp_path: Path) -> None:
     )
     assert main(["compress", "--config", str(config)]) == 0
     assert "weight" in (tmp_path / "out" / "plan.toml").read_text()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_writes_options_as_the_readme_does(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    told = capsys.readouterr().out
+    assert ended.value.code == 0 and told.startswith(f"usage: espalier {command} [options]")
+    names = [name for name, p in inspect.signature(COMMANDS[command]).parameters.items() if p.default is not p.empty]
+    assert all(f"--{name.replace('_', '-')}" in told for name in names)
+    assert not re.search(r"--\w*_", told) and "null" not in told
+
+
+def test_the_help_names_every_scheme_and_method(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compress", "--help"])
+    words = set(re.findall(r"\w+", capsys.readouterr().out))
+    assert {*es.CATALOG, *es.METHODS} <= words
+
+
+def test_options_are_told_as_they_are_written(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["compress", "lenet5", "--max-drop", "much"])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and "max" in told and len(told.splitlines()) < 6
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"espalier {es.__version__}\n"
+
+
+def test_flags_need_no_value() -> None:
+    def command(resume: bool = False, max_drop: float = 1.0) -> None: ...
+
+    def made(*given: str) -> list[str]:
+        return written(given, [command])
+
+    assert made("--resume", "--max-drop", "0.5") == ["--resume=true", "--max_drop", "0.5"]
+    assert made("--resume", "false") == ["--resume", "false"] and made("--resume=false") == ["--resume=false"]
+    assert made("--out=a-b", "c-d") == ["--out=a-b", "c-d"]
+
+
+def test_folders_of_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets are no markup, long paths are not broken, letters may be any."""
+    out = tmp_path / ("[red] äß " + "long " * 30)
+    options = ["--epochs", "1", "--dense-epochs", "0", "--density", "0.5", "--method", "magnitude"]
+    assert main(["compress", "lenet_digits", "--data", "digits", *options, "--out", str(out)]) == 0
+    assert f"written to {out}: model.esp" in capsys.readouterr().out
+    assert main(["info", str(out / "model.esp")]) == 0
+    told = capsys.readouterr().out
+    assert "takes: x float32[N, 1, 8, 8]" in told and "conv and linear weights are not zero" in told
+
+
+def test_without_epochs_the_choice_is_made_at_once(tmp_path: Path) -> None:
+    for method in ("magnitude", "admm"):
+        made = es.compress(
+            "lenet_digits", "digits", out=tmp_path / method, density=0.3, epochs=0, dense_epochs=0, method=method
+        )
+        assert made.report["achieved"]["density"] < 0.32, method

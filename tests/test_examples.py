@@ -53,3 +53,10 @@ def test_the_readme_names_every_scheme_and_command() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in text for name in CATALOG)
     assert all(f"espalier {name}" in text for name in COMMANDS)
+
+
+def test_tables_in_the_docs_are_what_the_benchmarks_wrote() -> None:
+    """``python benchmarks/page.py`` has been run since the last benchmark."""
+    names = runpy.run_path(str(ROOT / "benchmarks" / "page.py"))
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == names["page"]()
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == names["readme"]()

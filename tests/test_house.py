@@ -27,6 +27,7 @@ ROOMS = [
     "phases",
     "compress",
     "cli_mapping",
+    "cli_options",
     "cli",
 ]
 NEVER = [("methods", "compiler"), ("compiler", "sparsity")]

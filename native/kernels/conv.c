@@ -62,7 +62,8 @@ ESP_INLINE void tile(const int M, const int V, const block *b, int64_t in_at, in
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) {
             acc[m][v] = splat(bias);
-
+            /* other cores may have read these lines: they are ours alone by the time that the sums are ready */
+            __builtin_prefetch(b->out + row * s->out.stride[1] + out_at + v * ESP_WIDTH, 1, 3);
         }
     }
     const int64_t height = b->height;
@@ -177,15 +178,6 @@ static void run_blocks(
     }
 }
 
-/* About `wanted`, such that all chunks but the last are equal and that one is little smaller; whole vectors if flat. */
-static int64_t even_step(int64_t extent, int64_t wanted, bool flat, int parts)
-{
-    int64_t chunks = (extent + wanted / 2) / wanted, unit = flat ? ESP_WIDTH : 1, most = flat ? extent / 192 : extent;
-    if (chunks < parts) chunks = parts < most ? parts : most; /* a band for each thread, if large enough */
-    if (chunks < 1) chunks = 1;
-    return ((extent + chunks - 1) / chunks + unit - 1) / unit * unit;
-}
-
 /* Behind block `first`, at most `limit`: as many blocks as leave room in the second cache for what they read. */
 static int64_t group_end(const esp_step *s, int64_t first, int64_t limit, int64_t height)
 {
@@ -194,29 +186,89 @@ static int64_t group_end(const esp_step *s, int64_t first, int64_t limit, int64_
     return upto;
 }
 
+/* How a step is cut: its pixels into chunks of whole vectors (of one run of pixels) or whole segments. */
+typedef struct {
+    bool flat;
+    int64_t units, chunks; /* units: vectors or segments */
+    int64_t cost;          /* of all blocks at one unit: a column is 1, the work that every block has 4 */
+} cut;
+
+static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* In tenths of the time that the product of a weight and a vector takes: to stream a weight from the second or third
+ * cache, to have a float from the cache of another core, and what a tile takes beside its products. */
+enum { STREAM = 16, FETCH = 30, TILE = 3 };
+
+/* In how many bands to cut the pixels for `parts` threads. With a band for each thread, a thread finds in its own cache
+ * most of what it reads, since it wrote that in the step before, but all threads read all weights. With fewer bands
+ * threads share them by blocks: they read fewer weights, and most pixels from each other. */
+static int64_t bands_of(const esp_step *s, int64_t units, int64_t vectors, int parts)
+{
+    const int64_t rows = s->out.size[1] * (s->b.space ? 2 : 1), weights = s->values_count + s->index_count;
+    int64_t best = 1, least = INT64_MAX;
+    for (int64_t bands = 1; bands <= parts && bands <= units; bands++) {
+        if (parts % bands) continue;
+        const int64_t sharers = parts / bands, width = divide_up(vectors, bands);
+        const int64_t used = (s->a.size[1] * width + rows * width / sharers) * ESP_WIDTH, moved = used - used / sharers;
+        const int64_t products = s->values_count * (10 * vectors / bands + TILE * divide_up(width, 3)) / sharers;
+        const int64_t time = products + weights / sharers * STREAM + moved * FETCH;
+        if (time < least) {
+            least = time;
+            best = bands;
+        }
+    }
+    return best;
+}
+
+static cut cut_of(const esp_step *s, int parts)
+{
+    const int64_t *p = s->param, blocks = s->starts_count - 1;
+    const bool flat = p[CONV_SEGMENTS] == 1;
+    const int64_t per_unit = flat ? 1 : divide_up(p[CONV_LENGTH], ESP_WIDTH);
+    const int64_t units = flat ? divide_up(p[CONV_LENGTH], ESP_WIDTH) : p[CONV_SEGMENTS];
+    const int64_t wanted = flat ? divide_up(p[CONV_CHUNK], ESP_WIDTH) : 1 + p[CONV_CHUNK] / p[CONV_LENGTH];
+    const int64_t bands = bands_of(s, units, units * per_unit, parts);
+    int64_t chunks = (units + bands * wanted / 2) / (bands * wanted); /* of a band: about as many as are wanted */
+    chunks = bands * (chunks ? chunks : 1);
+    return (cut){flat, units, chunks < units ? chunks : units, s->index_count + 4 * blocks};
+}
+
+/* How many blocks of a chunk, `count` units from `from` on, have their position in the sequence before `position`. */
+static int64_t blocks_before(const esp_step *s, const cut *c, int64_t from, int64_t count, int64_t position)
+{
+    int64_t low = 0, high = s->starts_count - 1;
+    while (low < high) {
+        const int64_t i = (low + high) / 2;
+        if (from * c->cost + count * (s->starts[i] + 4 * i) < position)
+            low = i + 1;
+        else
+            high = i;
+    }
+    return low;
+}
+
 /* Chunks of pixels one after another, in each all blocks: what a chunk reads stays in the second cache. Threads get
- * equal shares of the sequence, by the number of columns (and 4 for the work that every block has). */
+ * equal shares of the sequence by its cost. */
 static void run(const esp_step *s, const esp_frame *f, int part, int parts, const tile_function *tiles, int M, int widest)
 {
-    const int64_t *p = s->param, blocks = s->starts_count - 1, height = p[CONV_HEIGHT];
-    const bool flat = p[CONV_SEGMENTS] == 1;
-    const int64_t extent = flat ? p[CONV_LENGTH] : p[CONV_SEGMENTS];
-    const int64_t step = even_step(extent, flat ? p[CONV_CHUNK] : 1 + p[CONV_CHUNK] / p[CONV_LENGTH], flat, parts);
-    const int64_t chunks = (extent + step - 1) / step;
-    const int64_t cost = s->index_count + 4 * blocks;
+    const int64_t *p = s->param, height = p[CONV_HEIGHT];
+    const cut c = cut_of(s, parts);
     int64_t begin, end;
-    share(cost * chunks, part, parts, &begin, &end);
+    share(c.units * c.cost, part, parts, &begin, &end);
     block b = {s, esp_source(&s->a, f), esp_target(&s->out, f), NULL, NULL, NULL, NULL, 0, height};
     if (s->b.space) b.residual = esp_source(&s->b, f);
-    for (int64_t k = cost ? begin / cost : 0; k < chunks && k * cost < end; k++) {
-        const int64_t from = k * step, upto = from + step < extent ? from + step : extent;
-        const chunk c = flat ? (chunk){0, 1, from, upto} : (chunk){from, upto - from, 0, p[CONV_LENGTH]};
-        int64_t first = 0, limit = blocks; /* the blocks whose position lies in begin..end */
-        while (first < blocks && k * cost + s->starts[first] + 4 * first < begin) first++;
-        while (limit > first && k * cost + s->starts[limit - 1] + 4 * (limit - 1) >= end) limit--;
+    for (int64_t k = 0; k < c.chunks; k++) {
+        int64_t from, upto;
+        share(c.units, (int)k, (int)c.chunks, &from, &upto);
+        if (upto * c.cost <= begin || from * c.cost >= end) continue;
+        /* the blocks whose position lies in begin..end */
+        const int64_t count = upto - from, limit = blocks_before(s, &c, from, count, end);
+        int64_t first = blocks_before(s, &c, from, count, begin);
+        const int64_t last = upto * ESP_WIDTH < p[CONV_LENGTH] ? upto * ESP_WIDTH : p[CONV_LENGTH];
+        const chunk pixels = c.flat ? (chunk){0, 1, from * ESP_WIDTH, last} : (chunk){from, count, 0, p[CONV_LENGTH]};
         while (first < limit) {
             const int64_t next = group_end(s, first, limit, height);
-            run_blocks(&b, first, next, tiles, M, widest, &c);
+            run_blocks(&b, first, next, tiles, M, widest, &pixels);
             first = next;
         }
     }

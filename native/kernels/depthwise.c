@@ -196,19 +196,17 @@ ESP_INLINE int64_t band_height(const window_row *w, int64_t left)
 
 void ESP_NAME(depthwise)(const esp_step *s, const esp_frame *f, int part, int parts)
 {
-    const int64_t *p = s->param, taps = p[DEPTHWISE_WINDOW_Y] * p[DEPTHWISE_WINDOW_X], height = s->out.size[2];
+    const int64_t *p = s->param, taps = p[DEPTHWISE_WINDOW_Y] * p[DEPTHWISE_WINDOW_X];
     const float *in = esp_source(&s->a, f), *residual = s->b.space ? esp_source(&s->b, f) : NULL;
     float *out = esp_target(&s->out, f);
-    int64_t begin, end, number;
     const window_row *functions = functions_for(p);
-    share(s->out.size[1] * height, part, parts, &begin, &end); /* rows; whoever has a band's first row does it */
-    for (number = begin / height; number * height < end; number++) {
+    const patch own = share_planes(&s->out, part, parts);
+    for (int64_t number = own.plane; number < own.last_plane; number++) {
         const int64_t source = p[DEPTHWISE_MULTIPLIER] == 1 ? number : number / p[DEPTHWISE_MULTIPLIER];
         const channel c = {s, in + source * s->a.stride[1], residual ? residual + number * s->b.stride[1] : NULL,
             s->values + number * taps, out + number * s->out.stride[1], s->bias ? s->bias[number] : 0.0f};
-        for (int64_t y = 0, rows; y < height && number * height + y < end; y += rows) {
-            rows = band_height(functions, height - y);
-            if (number * height + y < begin) continue;
+        for (int64_t y = own.row, rows; y < own.last_row; y += rows) {
+            rows = band_height(functions, own.last_row - y);
             functions->rows[rows](&c, y);
             for (int64_t k = y; s->margins && k < y + rows; k++) zero_margin(s, out, number, k);
         }

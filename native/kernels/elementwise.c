@@ -115,12 +115,11 @@ void ESP_NAME(binary)(const esp_step *s, const esp_frame *f, int part, int parts
 {
     float *out = esp_target(&s->out, f);
     const float *a = esp_source(&s->a, f), *b = esp_source(&s->b, f);
-    int64_t begin, end;
-    share(rows_of(&s->out), part, parts, &begin, &end);
+    const patch p = share_planes(&s->out, part, parts);
     row r = row_of(s);
     r.b_stride = s->b.stride[3];
-    plane_row at = row_at(&s->out, begin);
-    for (int64_t i = begin; i < end; i++, next_row(&s->out, &at)) {
+    plane_row at = first_row(&s->out, &p);
+    for (int64_t i = rows_of(&p); i > 0; i--, next_row(&s->out, &p, &at)) {
         r.to = out + place(&s->out, at);
         r.a = a + place(&s->a, at);
         r.b = b + place(&s->b, at);
@@ -134,11 +133,10 @@ void ESP_NAME(unary)(const esp_step *s, const esp_frame *f, int part, int parts)
 {
     float *out = esp_target(&s->out, f);
     const float *a = esp_source(&s->a, f);
-    int64_t begin, end;
-    share(rows_of(&s->out), part, parts, &begin, &end);
+    const patch p = share_planes(&s->out, part, parts);
     row r = row_of(s);
-    plane_row at = row_at(&s->out, begin);
-    for (int64_t i = begin; i < end; i++, next_row(&s->out, &at)) {
+    plane_row at = first_row(&s->out, &p);
+    for (int64_t i = rows_of(&p); i > 0; i--, next_row(&s->out, &p, &at)) {
         r.to = out + place(&s->out, at);
         r.a = a + place(&s->a, at);
         r.scale = s->values_count ? s->values[s->values_count > 1 ? at.c : 0] : 1.0f;

@@ -16,10 +16,9 @@ void ESP_NAME(copy)(const esp_step *s, const esp_frame *f, int part, int parts)
 {
     float *out = esp_target(&s->out, f);
     const float *in = esp_source(&s->a, f);
-    int64_t begin, end;
-    share(rows_of(&s->out), part, parts, &begin, &end);
-    for (int64_t i = begin; i < end; i++) {
-        plane_row r = row_at(&s->out, i);
+    const patch p = share_planes(&s->out, part, parts);
+    plane_row r = first_row(&s->out, &p);
+    for (int64_t i = rows_of(&p); i > 0; i--, next_row(&s->out, &p, &r)) {
         copy_row(out + place(&s->out, r), s->out.stride[3], in + place(&s->a, r), s->a.stride[3], s->out.size[3]);
         zero_margin(s, out, r.c, r.y);
     }
@@ -40,7 +39,8 @@ ESP_INLINE void pick_even(float *to, const float *from, int64_t count, const flo
 }
 
 /* Rows of one phase of one plane: out[y, x] = in[y * sy + y0, x * sx + x0], zero outside the image. */
-static void gather_plane(const esp_step *s, float *out, const float *in, const float *end, int64_t y0, int64_t x0)
+static void gather_rows(const esp_step *s, const patch *p, float *out, const float *in, const float *end, int64_t y0,
+    int64_t x0)
 {
     const esp_operand *a = &s->a;
     const int64_t sy = s->param[GATHER_STRIDE_Y], sx = s->param[GATHER_STRIDE_X];
@@ -50,7 +50,7 @@ static void gather_plane(const esp_step *s, float *out, const float *in, const f
     int64_t high = room < 0 ? 0 : room / sx + 1, low = x0 < 0 ? (-x0 + sx - 1) / sx : 0;
     high = high > width ? width : high;
     low = low > high ? high : low;
-    for (int64_t row = 0; row < s->out.size[2]; row++) {
+    for (int64_t row = p->row; row < p->last_row; row++) {
         float *to = out + row * s->out.stride[2];
         const int64_t y = row * sy + y0;
         const bool inside = y >= 0 && y < a->size[2] && high > low;
@@ -74,22 +74,21 @@ void ESP_NAME(gather)(const esp_step *s, const esp_frame *f, int part, int parts
     float *out = esp_target(&s->out, f);
     const float *in = esp_source(a, f), *end = in + 1;
     for (int d = 1; d < 4; d++) end += (a->size[d] - 1) * a->stride[d];
-    int64_t begin, upto, channels = s->out.size[1];
-    share(s->out.size[0] * channels, part, parts, &begin, &upto);
-    for (int64_t i = begin; i < upto; i++) {
+    const patch p = share_planes(&s->out, part, parts);
+    const int64_t channels = s->out.size[1];
+    for (int64_t i = p.plane; i < p.last_plane; i++) {
         const int64_t n = i / channels, c = i % channels;
-        gather_plane(s, out + n * s->out.stride[0] + c * s->out.stride[1], in + c * a->stride[1], end, s->index[2 * n],
-            s->index[2 * n + 1]);
+        gather_rows(s, &p, out + n * s->out.stride[0] + c * s->out.stride[1], in + c * a->stride[1], end,
+            s->index[2 * n], s->index[2 * n + 1]);
     }
 }
 
 void ESP_NAME(fill)(const esp_step *s, const esp_frame *f, int part, int parts)
 {
     float *out = esp_target(&s->out, f);
-    int64_t begin, end;
-    share(rows_of(&s->out), part, parts, &begin, &end);
-    for (int64_t i = begin; i < end; i++) {
-        plane_row r = row_at(&s->out, i);
+    const patch p = share_planes(&s->out, part, parts);
+    plane_row r = first_row(&s->out, &p);
+    for (int64_t i = rows_of(&p); i > 0; i--, next_row(&s->out, &p, &r)) {
         float *row = out + place(&s->out, r);
         for (int64_t x = 0; x < s->out.size[3]; x++) row[x * s->out.stride[3]] = s->act_a;
         zero_margin(s, out, r.c, r.y);

@@ -57,9 +57,9 @@ void ESP_NAME(norm)(const esp_step *s, const esp_frame *f, int part, int parts)
     const esp_operand *o = &s->out, *a = &s->a;
     float *out = esp_target(o, f);
     const float *in = esp_source(a, f);
-    int64_t begin, end;
     if (o->stride[2] == 1 && a->stride[2] == 1 && o->size[2] > 1) {
         const int64_t pieces = (o->size[2] + ESP_WIDTH - 1) / ESP_WIDTH;
+        int64_t begin, end;
         share(o->size[0] * o->size[1] * pieces, part, parts, &begin, &end);
         for (int64_t i = begin; i < end; i++) {
             const plane_row r = {i / pieces / o->size[1], i / pieces % o->size[1], i % pieces * ESP_WIDTH};
@@ -67,9 +67,9 @@ void ESP_NAME(norm)(const esp_step *s, const esp_frame *f, int part, int parts)
         }
         return;
     }
-    share(rows_of(o), part, parts, &begin, &end);
-    for (int64_t i = begin; i < end; i++) {
-        plane_row r = row_at(o, i);
+    const patch p = share_planes(o, part, parts);
+    plane_row r = first_row(o, &p);
+    for (int64_t i = rows_of(&p); i > 0; i--, next_row(o, &p, &r)) {
         norm_row(s, in + place(a, r), out + place(o, r));
         zero_margin(s, out, r.c, r.y);
     }

@@ -34,35 +34,51 @@ static inline void zero_margin(const esp_step *s, float *out, int64_t c, int64_t
     if (c == 0 && y == 0) zero_floats(out - s->front, s->front);
 }
 
-/* One row of the output: indices and the place of its first element in an operand. */
+/* One row of an operand. */
 typedef struct {
     int64_t n, c, y;
 } plane_row;
 
-static inline plane_row row_at(const esp_operand *o, int64_t number)
-{
-    plane_row r;
-    r.y = number % o->size[2];
-    r.c = number / o->size[2] % o->size[1];
-    r.n = number / o->size[2] / o->size[1];
-    return r;
-}
-
-/* the row behind r */
-static inline void next_row(const esp_operand *o, plane_row *r)
-{
-    if (++r->y < o->size[2]) return;
-    r->y = 0;
-    if (++r->c < o->size[1]) return;
-    r->c = 0;
-    r->n++;
-}
-
-static inline int64_t rows_of(const esp_operand *o) { return o->size[0] * o->size[1] * o->size[2]; }
-
 static inline int64_t place(const esp_operand *o, plane_row r)
 {
     return r.n * o->stride[0] + r.c * o->stride[1] + r.y * o->stride[2];
+}
+
+/* Rows row..last_row - 1 of planes plane..last_plane - 1. */
+typedef struct {
+    int64_t plane, last_plane, row, last_row;
+} patch;
+
+enum { LEAST_BAND = 64 }; /* floats: a band so short would share most of its cache lines with its neighbours */
+
+/* Share `part` of the planes of `o`: a band of the rows of all of them, which a thread has in its own cache since steps
+ * with weights share out pixels; or whole planes, where such bands would be too short. */
+static inline patch share_planes(const esp_operand *o, int part, int parts)
+{
+    const int64_t planes = o->size[0] * o->size[1], rows = o->size[2];
+    patch p = {0, planes, 0, rows};
+    if (rows >= parts && (rows / parts * o->size[3] >= LEAST_BAND || planes < parts))
+        share(rows, part, parts, &p.row, &p.last_row);
+    else
+        share(planes, part, parts, &p.plane, &p.last_plane);
+    return p;
+}
+
+static inline int64_t rows_of(const patch *p) { return (p->last_plane - p->plane) * (p->last_row - p->row); }
+
+static inline plane_row first_row(const esp_operand *o, const patch *p)
+{
+    return (plane_row){p->plane / o->size[1], p->plane % o->size[1], p->row};
+}
+
+/* the row behind r */
+static inline void next_row(const esp_operand *o, const patch *p, plane_row *r)
+{
+    if (++r->y < p->last_row) return;
+    r->y = p->row;
+    if (++r->c < o->size[1]) return;
+    r->c = 0;
+    r->n++;
 }
 
 #endif

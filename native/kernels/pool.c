@@ -190,22 +190,21 @@ void ESP_NAME(pool)(const esp_step *s, const esp_frame *f, int part, int parts)
 {
     float *out = esp_target(&s->out, f);
     const float *in = esp_source(&s->a, f);
-    int64_t begin, end;
     const int64_t width = s->out.size[3], spare = STRIP - 1 - (s->param[POOL_WINDOW_X] - 1) * s->param[POOL_DILATION_X];
     const int64_t strip = spare / s->param[POOL_STRIDE_X] + 1;
     const band_function *small = bands_for(s);
-    share(rows_of(&s->out), part, parts, &begin, &end);
-    plane_row r = row_at(&s->out, begin);
-    for (int64_t i = begin, rows; i < end; i += rows) {
+    const patch p = share_planes(&s->out, part, parts);
+    plane_row r = first_row(&s->out, &p);
+    for (int64_t left = rows_of(&p), rows; left > 0; left -= rows) {
         const float *plane = in + r.c * s->a.stride[1];
         float *to = out + r.c * s->out.stride[1];
-        rows = small && end - i >= 4 && s->out.size[2] - r.y >= 4 ? 4 : 1;
+        rows = small && p.last_row - r.y >= 4 ? 4 : 1;
         if (small)
             small[rows == 4](s, plane, to, r.y);
         else
             for (int64_t x = 0; x < width; x += strip)
                 pool_strip(s, plane, to + r.y * s->out.stride[2], r.y, x, smaller(strip, width - x));
-        for (int64_t k = 0; k < rows; k++, next_row(&s->out, &r)) zero_margin(s, out, r.c, r.y);
+        for (int64_t k = 0; k < rows; k++, next_row(&s->out, &p, &r)) zero_margin(s, out, r.c, r.y);
     }
 }
 
@@ -231,10 +230,9 @@ void ESP_NAME(adaptive)(const esp_step *s, const esp_frame *f, int part, int par
     const bool run = whole && rows && (a->stride[2] == a->size[3] || a->size[2] == 1); /* a plane is one run */
     float *out = esp_target(o, f);
     const float *in = esp_source(a, f);
-    int64_t begin, end;
-    share(rows_of(o), part, parts, &begin, &end);
-    plane_row r = row_at(o, begin);
-    for (int64_t i = begin; i < end; i++, next_row(o, &r)) {
+    const patch p = share_planes(o, part, parts);
+    plane_row r = first_row(o, &p);
+    for (int64_t i = rows_of(&p); i > 0; i--, next_row(o, &p, &r)) {
         const float *plane = in + r.c * a->stride[1];
         float *to = out + place(o, r);
         const int64_t y0 = whole ? 0 : r.y * a->size[2] / o->size[2];

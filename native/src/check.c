@@ -102,9 +102,12 @@ static const char *check_conv(const esp_program *p, const esp_step *s)
     const char *problem = check_blocks(s, s->param[CONV_HEIGHT], rows);
     if (problem) return problem;
     if (s->param[CONV_HEIGHT] == ESP_LANES_HEIGHT && length > ESP_LANES_PIXELS) return "a segment too long";
-    if (!multiply_add(segments, length, 0, &end) || __builtin_mul_overflow(end, s->values_count + s->starts_count, &end) ||
-        end > (int64_t)1 << 48)
-        return "more work than can be shared out";
+    for (int i = 0; i < 3; i++) { /* products, and what goes in and comes out */
+        const int64_t each = i == 0 ? s->values_count + s->starts_count : i == 1 ? s->a.size[1] : rows;
+        if (!within(each, 1, (int64_t)1 << 40) || __builtin_mul_overflow(segments * length, each, &end) ||
+            end > (int64_t)1 << 48)
+            return "more work than can be shared out";
+    }
     /* tails read up to ESP_SLACK floats more, which every arena has behind its end */
     if (s->a.space != ESP_ARENA || !multiply_add(segments - 1, s->param[CONV_IN_STRIDE], length - 1, &reach) ||
         !indices_within(p, s, reach))

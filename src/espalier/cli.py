@@ -1,33 +1,43 @@
-"""The command line: espalier compress | info | run | bench. Every option can also come from a file by --config."""
+"""The command line: espalier compress | info | run | bench, and those of cli_mapping.
+
+Every option can also come from a file by --config.
+"""
 
 from __future__ import annotations
 
 import copy
+import io
 import sys
+import zipfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jsonargparse import auto_cli
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from espalier import __version__
 from espalier.cli_mapping import MAPPING_COMMANDS
+from espalier.cli_options import Parser, at_least_one, written
 from espalier.compress import compress
 from espalier.errors import DataError, EspalierError
-from espalier.graph import capture, shrink
+from espalier.graph import Value, capture, shrink, to_module
 from espalier.mapping import uniform
 from espalier.methods import get, start
-from espalier.report import BenchReport, size
+from espalier.report import BenchReport, screen, size, tell
 from espalier.runtime import bench, compile, layers, machine, peak_gflops, rival
-from espalier.store import info, load
+from espalier.store import info, load, load_graph, write_whole
 from espalier.train import DATA, Recipe, build, example_shape
 
 INTERRUPTED = 130
+RESUMED = {
+    "compress": "the same command and --resume",
+    "search": "the same command",
+    "sensitivity": "the same command",
+}
 FAILED = 2
 
 
@@ -72,8 +82,10 @@ def compress_command(
         latency_ms: or milliseconds of one sample, at most
         size_mb: or 10^6 bytes of stored weights, at most
         macs: or useful multiply-accumulates, at most; below 1 a share of the dense ones
-        scheme: what may die together; several joined by +
-        method: how the weights get there
+        scheme: what may die together: filter, column, channel, shape, layer, block_punched, block_column, block_row,
+            kernel, pattern, n_m, micro_block, weight or unify; several joined by +
+        method: how the weights get there: admm, magnitude, primal_proximal, reweighted, selective_decay or
+            structure_parameters
         scheme_options: such as {"m": 4, "n": 4}
         method_options: such as {"every": 3}
         max_drop: points of accuracy that may be lost
@@ -106,19 +118,29 @@ def info_command(file: str) -> None:
         file: an .esp file
     """
     facts = info(file)
-    console = Console()
-    table = Table(title=f"{file}: {facts.size_bytes:,} bytes, version {facts.version}")
+    console = screen()
+    table = Table(title=f"{file}: {facts.size_bytes:,} bytes, version {facts.version}", box=None, pad_edge=False)
     for heading in ("tensor", "shape", "dtype", "density", "coding", "bytes"):
-        table.add_column(heading, justify="right" if heading in ("density", "bytes") else "left")
+        justify: Any = "right" if heading in ("density", "bytes") else "left"
+        table.add_column(heading, justify=justify, overflow="fold")
     for row in facts.tensors:
-        table.add_row(
-            row.name, str(list(row.shape)), row.dtype, f"{row.density:.4f}", row.coding, f"{row.stored_bytes:,}"
-        )
-    console.print(table)
+        shape = "x".join(map(str, row.shape)) or "1"
+        table.add_row(row.name, shape, row.dtype, f"{row.density:.4f}", row.coding, f"{row.stored_bytes:,}")
+    console.print(table, markup=False)
     program = load(file)
-    console.print(f"sizes: {asdict(size(program.graph))}")
+    values, counted = program.graph.values, size(program.graph)
+    for what, names in (("takes", program.graph.inputs), ("gives", program.graph.outputs)):
+        tell(console, f"{what}: {', '.join(_described(values[name]) for name in names)}")
+    tell(
+        console,
+        f"{counted.nonzero:,} of {counted.weights:,} conv and linear weights are not zero (density "
+        f"{counted.density:.4f}), {counted.parameters:,} parameters in all",
+    )
+    tell(console, f"{counted.useful_macs:,} of {counted.macs:,} multiply-accumulates have a weight that is not zero")
+    for key, value in facts.metadata.items():
+        tell(console, f"{key}: {value}")
     for name in program.fallbacks:
-        console.print(f"runs through PyTorch: {name}")
+        tell(console, f"runs through PyTorch: {name}")
 
 
 def run_command(file: str, input: str = "", output: str = "", threads: int | None = None) -> None:
@@ -132,18 +154,16 @@ def run_command(file: str, input: str = "", output: str = "", threads: int | Non
     """
     if not input or not output:
         raise DataError("run needs --input x.npy and --output y.npy")
+    at_least_one(threads=threads)
     program = load(file, threads=threads)
     result = program(*[_read_array(path) for path in input.split(",")])
-    arrays = _flat(result)
-    try:
-        with open(output, "wb") as stream:
-            if len(arrays) == 1:
-                np.save(stream, arrays[0])
-            else:
-                np.savez(stream, *arrays)  # arr_0, arr_1, ...
-    except OSError as error:
-        raise DataError(f"cannot write {output}: {error.strerror}") from error
-    Console().print(f"{output}: {', '.join(str(list(array.shape)) for array in arrays)}", highlight=False)
+    arrays, stream = _flat(result), io.BytesIO()
+    if len(arrays) == 1:
+        np.save(stream, arrays[0])
+    else:
+        np.savez(stream, *arrays)  # arr_0, arr_1, ...
+    write_whole(output, [stream.getvalue()])
+    tell(screen(), f"{output}: {', '.join(str(list(array.shape)) for array in arrays)}")
 
 
 def bench_command(
@@ -172,6 +192,7 @@ def bench_command(
         json: a file for all figures
         picture: a .svg or .html file for bars of engines and steps
     """
+    at_least_one(threads=threads, batch=batch, rounds=rounds)
     names = [name.strip() for name in against.split(",") if name.strip()]
     rivals = {name: rival(name) for name in names}
     module, example = _open(file_or_model, batch)
@@ -189,14 +210,14 @@ def bench_command(
     timings = bench(candidates, rounds=rounds)
     facts = machine()
     report = BenchReport(
-        f"{file_or_model}, batch {batch}, {threads} threads, {facts['cpu']}",
+        f"{file_or_model}, batch {len(example)}, {threads} thread{'s' * (threads > 1)}, {facts['cpu']}",
         timings,
         layers(program, example),
         peak_gflops(threads),
-        {**facts, "threads": threads, "batch": batch, "density": density, "scheme": scheme},
+        {**facts, "threads": threads, "batch": len(example), "density": density, "scheme": scheme},
         program.fallbacks,
     )
-    report.show(Console())
+    report.show(screen())
     if json is not None:
         report.write_json(json)
     if picture is not None:
@@ -217,34 +238,33 @@ def main(arguments: list[str] | None = None) -> int:
 
     0: done. 2: an error, told on stderr. 130: interrupted by Ctrl-C.
     """
-    console = Console(stderr=True)
+    console = screen(stderr=True)
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        given = sys.argv[1:] if arguments is None else arguments
-        auto_cli(COMMANDS, args=[_underscores(argument) for argument in given], prog="espalier")
+        auto_cli(COMMANDS, written(given, COMMANDS.values()), parser_class=Parser, prog="espalier", version=__version__)
     except EspalierError as error:
-        console.print(f"espalier: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        tell(console, f"espalier: {error}", style="red")
         return FAILED
     except KeyboardInterrupt:
-        console.print("espalier: interrupted. What was finished is kept; go on with --resume")
+        again = RESUMED.get(given[0], "") if given else ""
+        tell(console, f"espalier: interrupted{again and '. What was finished is kept; go on with '}{again}")
         return INTERRUPTED
     return 0
 
 
-def _underscores(argument: str) -> str:
-    """Options may be written with dashes or underscores (``--max-drop`` is ``--max_drop``), flags without "true"."""
-    if argument == "--resume":
-        return "--resume=true"
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
-
-
 def _read_array(path: str) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read as a .npy array: {error}") from error
+    if not isinstance(found, np.ndarray):
+        raise DataError(f"{path}: holds several arrays ({', '.join(found)}); save each as a .npy file of its own")
+    return found
+
+
+def _described(value: Value) -> str:
+    shape = ["N" if value.batched and not k else str(size) for k, size in enumerate(value.shape)]
+    return f"{value.name} {str(value.dtype).removeprefix('torch.')}[{', '.join(shape)}]"
 
 
 def _flat(result: Any) -> list[np.ndarray]:
@@ -256,12 +276,16 @@ def _flat(result: Any) -> list[np.ndarray]:
 
 
 def _open(name: str, batch: int) -> tuple[nn.Module, Tensor]:
-    """The module of a file or of the zoo, and an example input of `batch` samples."""
-    if Path(name).suffix == ".esp":
-        program = load(name)
-        shape = program.graph.values[program.graph.inputs[0]].shape
-        return program.to_module(), torch.randn(batch, *shape[1:])
-    return build(name).eval(), torch.randn(batch, *example_shape(name))
+    """The module of a file or of the zoo, and an example input of `batch` samples. Raises DataError for several."""
+    if Path(name).suffix != ".esp":
+        return build(name).eval(), torch.randn(batch, *example_shape(name))
+    graph = load_graph(name)
+    values = [graph.values[value] for value in graph.inputs]
+    if len(values) != 1:
+        raise DataError(f"{name} takes {len(values)} inputs ({', '.join(graph.inputs)}): time it by es.bench")
+    shape = (batch, *values[0].shape[1:]) if values[0].batched else values[0].shape
+    make = torch.randn if values[0].dtype.is_floating_point else torch.zeros
+    return to_module(graph), make(shape, dtype=values[0].dtype)
 
 
 def _cut(module: nn.Module, example: Tensor, density: float, scheme: str) -> nn.Module:

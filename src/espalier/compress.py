@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from espalier.errors import TrainingError
 from espalier.graph import capture, shrink
 from espalier.mapping import Targets, uniform
 from espalier.methods import Method, get
@@ -117,6 +118,9 @@ def compress(
     processes = Processes(devices, num_nodes, strategy, accelerator)
     targets = Targets(speedup, latency_ms, size_mb, macs, max_drop)
     one_way(density, plan, targets)
+    for name, count, least in (("epochs", epochs, 0), ("dense_epochs", dense_epochs, 0), ("threads", threads, 1)):
+        if count is not None and count < least:
+            raise TrainingError(f"{name} is {count}, expected {least} or more")
     settings = {
         "model": model if isinstance(model, str) else type(model).__qualname__,
         "data": data if isinstance(data, str) else data.name,

@@ -90,8 +90,8 @@ class Job:
 
     @property
     def shaping(self) -> int:
-        """Epochs of shaping."""
-        return max(1, math.ceil(self.epochs * SHAPING))
+        """Epochs of shaping; without any the method makes its choice at once."""
+        return math.ceil(self.epochs * SHAPING)
 
     @property
     def recovery(self) -> int:

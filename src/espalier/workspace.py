@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from espalier.errors import TrainingError
-from espalier.train import Team
+from espalier.train import Team, write_checkpoint
 
 
 class Workspace:
@@ -30,17 +31,28 @@ class Workspace:
         self.team.first(lambda: self._open(out, settings, resume))
 
     def _open(self, out: str | Path, settings: dict[str, Any], resume: bool) -> None:
-        record = self.path / "run.json"
-        if record.exists():
-            before = json.loads(record.read_text(encoding="utf-8"))
-            changed = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
-            if not resume:
-                raise TrainingError(f"{out} holds a run already: go on with it by --resume, or choose another --out")
-            if changed:
-                told = ", ".join(f"{k} (was {before.get(k)!r}, now {settings.get(k)!r})" for k in changed)
-                raise TrainingError(f"{out} cannot be resumed with other settings: {told}. Choose another --out")
+        text = json.dumps(settings, indent=1, default=repr)
+        before, now = self._recorded(), json.loads(text)
+        if before is not None and not resume:
+            raise TrainingError(f"{out} holds a run already: go on with it by --resume, or choose another --out")
+        if before and (changed := sorted(k for k in {**before, **now} if before.get(k) != now.get(k))):
+            told = ", ".join(f"{k} (was {before.get(k)!r}, now {now.get(k)!r})" for k in changed)
+            raise TrainingError(f"{out} cannot be resumed with other settings: {told}. Choose another --out")
         self._guard(lambda: (self.path / "work").mkdir(parents=True, exist_ok=True))
-        self._write("run.json", json.dumps(settings, indent=1))
+        self._write("run.json", text)
+
+    def _recorded(self) -> dict[str, Any] | None:
+        """The settings of the run that is here; None where none is."""
+        record = self.path / "run.json"
+        try:
+            found = json.loads(record.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("it holds no settings")
+            return found
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            raise TrainingError(f"{record} cannot be read: {error}. Choose another --out, or remove it") from error
 
     def checkpoint(self, phase: str) -> Path:
         """Where the training loop keeps the checkpoint of a phase."""
@@ -55,13 +67,20 @@ class Workspace:
         if not self.team.first(file.exists):
             state = work()
             self.team.first(lambda: self._keep(name, file, state))
-        return self.team.first(lambda: torch.load(file, weights_only=True))
+        return self.team.first(lambda: self._kept(name, file))
 
     def _keep(self, name: str, file: Path, state: dict[str, Any]) -> None:
-        part = file.with_suffix(".part")
-        self._guard(lambda: torch.save(state, part))
-        self._guard(lambda: os.replace(part, file))
+        write_checkpoint(file, state)
         self.checkpoint(name).unlink(missing_ok=True)
+
+    def _kept(self, name: str, file: Path) -> dict[str, Any]:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            first = str(error).partition("\n")[0]
+            raise TrainingError(
+                f"{file} cannot be read: {first}. Remove it: --resume does the phase {name} again"
+            ) from error
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file of the run."""
@@ -69,8 +88,13 @@ class Workspace:
 
     def _write(self, name: str, text: str) -> Path:
         target, part = self.path / name, self.path / f"{name}.part"
-        self._guard(lambda: part.write_text(text, encoding="utf-8"))
-        self._guard(lambda: os.replace(part, target))
+        try:
+            self._guard(lambda: part.write_text(text, encoding="utf-8"))
+            self._guard(lambda: os.replace(part, target))
+        except BaseException:
+            with suppress(OSError):  # what went wrong may go wrong here too
+                part.unlink(missing_ok=True)
+            raise
         return target
 
     def _guard(self, write: Callable[[], object]) -> None:

@@ -129,6 +129,20 @@ class Unknown(nn.Module):
         return self.conv3(F.relu(self.conv2(x))).mean((2, 3))
 
 
+class Pixels(nn.Module):
+    """A pixel shuffle, which puts several channels into one, and a slope for every channel."""
+
+    shape = (3, 6, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(6, 4, 3)
+        self.slopes = nn.PReLU(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.slopes(F.pixel_shuffle(self.stem(x), 2))).mean((2, 3))
+
+
 class Tied(nn.Module):
     """One weight used by two layers."""
 
@@ -157,7 +171,7 @@ class Several(nn.Module):
         return {"logits": self.c(hidden), "more": [hidden.mean(1), x * 2]}
 
 
-NETWORKS = [Chain, Residual, Dense, Inverted, Shuffle, Sequence, Unknown, Tied]
+NETWORKS = [Chain, Residual, Dense, Inverted, Shuffle, Sequence, Unknown, Pixels, Tied]
 
 
 def stirred(kind: type[nn.Module], seed: int = 0) -> tuple[nn.Module, Tensor]:

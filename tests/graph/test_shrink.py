@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.graph import bury, capture, couplings, liveness, run, shrink, shrink_graph
-from tests.graph.networks import NETWORKS, Chain, Dense, Inverted, Residual, Shuffle, Unknown, stirred
+from tests.graph.networks import NETWORKS, Chain, Dense, Inverted, Pixels, Residual, Shuffle, Unknown, stirred
 
 TOLERANCE = 1e-4
 
@@ -109,6 +109,36 @@ def test_depthwise_and_the_users_own_class() -> None:
     assert isinstance(small, Inverted)
     assert small.deep.weight.shape == (14, 1, 3, 3) and small.deep.groups == 14
     assert small.deep.in_channels == small.deep.out_channels == small.norm2.num_features == 14
+
+
+def test_slopes_go_with_their_channels() -> None:
+    model, example = stirred(Pixels)
+    with torch.no_grad():
+        model.stem.weight[4:12] = 0
+    bury_all(model, example)
+    small = shrink(model, example)
+    assert isinstance(small, Pixels) and small.slopes.num_parameters == 4
+    assert small.stem.out_channels == 16 and small.last.in_channels == 4
+
+
+def test_the_example_says_which_whole_numbers_make_sense() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.a, self.b = nn.Embedding(20, 8), nn.Linear(8, 16), nn.Linear(16, 3)
+
+        def forward(self, ids: Tensor, weights: Tensor) -> dict[str, Tensor | None]:
+            hidden = F.relu(self.a(self.words(ids) * weights[..., None]))
+            return {"logits": self.b(hidden).mean(1), "loss": None, "class": self.b(hidden).mean(1) > 0}
+
+    torch.manual_seed(0)
+    model = Words().eval()
+    with torch.no_grad():
+        model.b.weight[:, ::2] = 0
+    example = {"weights": torch.ones(2, 5), "ids": torch.randint(10, 20, (2, 5))}  # in another order than it takes them
+    small = shrink(model, example)
+    assert isinstance(small, Words) and small.a.out_features == 8
+    check_same(small(**example)["logits"], model(**example)["logits"])
 
 
 def test_concatenated_channels_go_one_by_one() -> None:

@@ -70,3 +70,11 @@ def test_unmatched_globs_and_impossible_blocks() -> None:
         Plan.of({"*": scheme("block_punched", 0.5)}).resolve(SITES)
     with pytest.raises(PlanError, match="cannot be read"):
         Plan.load("no/such/plan.toml")
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "nowhere" / "plan.toml", tmp_path / "folder"):
+        with pytest.raises(PlanError, match="cannot be written"):
+            Plan.uniform("filter", 0.5).save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import espalier as es
 from espalier.errors import FileFormatError
@@ -35,6 +36,17 @@ def test_what_is_loaded_is_what_was_saved(kind: type[nn.Module], tmp_path: Path)
     assert all(torch.equal(value, state[name]) for name, value in model.named_parameters() if name in state)
     assert all(p.requires_grad for p in module.parameters())
     assert es.info(tmp_path / "m.esp").metadata == {"made": "here"}
+
+
+def test_a_weight_that_is_computed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        weight_norm(nn.Conv2d(3, 6, 3)), nn.ReLU(), nn.Flatten(), weight_norm(nn.Linear(24, 2))
+    ).eval()
+    x = torch.randn(2, 3, 4, 4)
+    es.save(model, x, tmp_path / "m.esp")
+    with torch.no_grad():
+        torch.testing.assert_close(es.load(tmp_path / "m.esp")(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_several_inputs_and_outputs(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from espalier.compiler.layout import Layout, Place, Storage, four
 from espalier.compiler.program import Four, Operand, Step, dense_strides
 from espalier.compiler.samples import Samples
+from espalier.compiler.window import Pair
 from espalier.errors import CompileError
 from espalier.graph.ir import Graph, Node
 
@@ -31,6 +32,8 @@ class Emitter:
     places: dict[str, Place] = field(default_factory=dict)
     storages: dict[str, Storage] = field(default_factory=dict)
     copies: dict[str, Place] = field(default_factory=dict)  # values copied into planes
+    # planes of phases, and the number there of the phase that begins at a pixel
+    phases: dict[str, tuple[Place, dict[Pair, int]]] = field(default_factory=dict)
     samples: Samples = field(default_factory=Samples)  # values whose batch is not their first dimension
     # flattened values that only linear layers read: what they are made of, and where each entry lies in it
     tables: dict[str, tuple[Place, np.ndarray]] = field(default_factory=dict)

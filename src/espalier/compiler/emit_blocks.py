@@ -9,9 +9,10 @@ import numpy as np
 from espalier.compiler import emit_winograd as winograd
 from espalier.compiler.blocks import LANES_HEIGHT, Choice, choose, choose_conv, choose_groups
 from espalier.compiler.emit import Emitter, fused_activation
-from espalier.compiler.layout import Place, planes_of
+from espalier.compiler.layout import Place, phases_of, planes_of
 from espalier.compiler.program import Operand, Step
-from espalier.graph.ir import Node
+from espalier.compiler.window import Pair, window
+from espalier.graph.ir import Graph, Node
 
 _CHUNK_FLOATS = 48 * 1024  # of activations that a chunk reads: they should stay in half of a small L2 cache
 
@@ -91,29 +92,35 @@ def _columns(e: Emitter, node: Node, shape: tuple[int, ...], columns: np.ndarray
     _, _, kernel_y, kernel_x = shape
     channel, tap = np.divmod(columns.astype(np.int64), kernel_y * kernel_x)
     y, x = np.divmod(tap, kernel_x)
-    (sy, sx), (py, px), (dy, dx) = _window(node)
+    (sy, sx), (py, px), (dy, dx) = window(node)
     if sy == sx == 1:
         source = e.planes(str(node.inputs[0]), py, px)
         assert source.storage is not None
         plane, row = source.storage.plane, source.storage.row_stride
         return source, channel * plane + (y * dy - py) * row + (x * dx - px)
-    phase_y, far_y = (y * dy) % sy, (y * dy) // sy
-    phase_x, far_x = (x * dx) % sx, (x * dx) // sx
-    used, number = np.unique(phase_y * sx + phase_x, return_inverse=True)
-    if not used.size:
-        used = np.zeros(1, np.int64)
-    origins = np.stack([used // sx - py, used % sx - px], axis=1)
-    source = _gather(e, node, origins, (sy, sx))
+    (far_y, origin_y), (far_x, origin_x) = np.divmod(y * dy, sy), np.divmod(x * dx, sx)
+    origins = np.stack([origin_y - py, origin_x - px], axis=1)
+    source = _phases(e, node, {(int(a), int(b)) for a, b in np.unique(origins, axis=0)})
     assert source.storage is not None
     plane, row = source.storage.plane, source.storage.row_stride
+    first = e.phases[phases_of(node)][1]
+    number = np.array([first[a, b] for a, b in origins.tolist()], np.int64).reshape(-1)
     per_phase = e.layout.shapes[str(node.inputs[0])][0] * plane
     return source, number * per_phase + channel * plane + far_y * row + far_x
 
 
-def _gather(e: Emitter, node: Node, origins: np.ndarray, stride: tuple[int, int]) -> Place:
-    """The phases of a strided window, one set of planes each: the kernel reads them with stride 1."""
-    value = str(node.inputs[0])
-    base = e.layout.storage(f"{node.name}/phases")
+def _phases(e: Emitter, node: Node, used: set[Pair]) -> Place:
+    """The phases of a strided window, one set of planes each: the kernel reads them with stride 1.
+
+    used: where those that this conv reads begin. The first to read a value with this stride gathers for all.
+    """
+    value, name = str(node.inputs[0]), phases_of(node)
+    if name in e.phases:
+        return e.phases[name][0]
+    for other in e.layout.strided[name]:
+        used = used | (_origins(other, e.graph) if other is not node else set())
+    origins = sorted(used) or [(0, 0)]
+    base = e.layout.storage(name)
     storage = e.use(replace(base, channels=base.channels * len(origins)))
     place = Place((storage.channels, storage.height, storage.width), (storage.plane, storage.row_stride, 1), 0, storage)
     sizes = (len(origins), base.channels, storage.height, storage.width)
@@ -121,22 +128,26 @@ def _gather(e: Emitter, node: Node, origins: np.ndarray, stride: tuple[int, int]
     a = e.places[value].operand()
     if len(e.places[value].shape) == 1:
         a = replace(a, sizes=(1, a.sizes[3], 1, 1), strides=(0, a.strides[3], 0, 0))
-    arrays = {"index": origins.reshape(-1).astype(np.int32)}
+    stride, _, _ = window(node)
+    arrays = {"index": np.array(origins, np.int32).reshape(-1)}
     e.step(name=f"{node.name}/phases", op="gather", out=out, a=a, params=stride, arrays=arrays, nodes=(node.name,))
+    e.phases[name] = place, {origin: number for number, origin in enumerate(origins)}
     return place
 
 
-def _window(node: Node) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    stride, dilation = ([1, *node.attrs[k]][-2:] for k in ("stride", "dilation"))
-    padding = [0, *node.attrs["padding"]][-2:]
-    return tuple(stride), tuple(padding), tuple(dilation)
+def _origins(node: Node, graph: Graph) -> set[Pair]:
+    """Where the phases begin that the window of a strided conv can read."""
+    stride, padding, dilation = window(node)
+    kernel = [1, *graph.values[str(node.inputs[1])].shape[2:]][-2:]
+    down, across = ({k * d % s - p for k in range(n)} for n, s, p, d in zip(kernel, stride, padding, dilation))
+    return {(y, x) for y in down for x in across}
 
 
 def _conv_at_one_pixel(e: Emitter, node: Node, w: np.ndarray, matrices: list[np.ndarray], out: Place) -> None:
     """A conv that makes one pixel is a linear layer on the window's entries that lie in the image."""
     x = e.places[str(node.inputs[0])]
     channels, height, width = planes_of(x.shape)
-    _, (py, px), (dy, dx) = _window(node)
+    _, (py, px), (dy, dx) = window(node)
     y = np.arange(w.shape[2]) * dy - py
     z = np.arange(w.shape[3]) * dx - px
     inside = ((y >= 0) & (y < height))[:, None] & ((z >= 0) & (z < width))[None, :]

@@ -239,18 +239,6 @@ def _read_by_linear_only(e: Emitter, node: Node) -> bool:
     return all(r.op == "linear" and r.inputs[0] == out and out not in r.inputs[1:] for r in e.graph.readers()[out])
 
 
-ACTIVATIONS_ALONE = (
-    "relu",
-    "clamp",
-    "leaky_relu",
-    "elu",
-    "sigmoid",
-    "tanh",
-    "silu",
-    "hardswish",
-    "hardsigmoid",
-    "gelu",
-)
 MOVES = (
     "flatten",
     "reshape",

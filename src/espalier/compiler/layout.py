@@ -11,7 +11,7 @@ Concatenations along channels are laid out first and their parts written in plac
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from types import MappingProxyType
 import torch
 
 from espalier.compiler.program import Four, Operand, Space, dense_strides
-from espalier.compiler.window import is_depthwise
+from espalier.compiler.window import is_depthwise, window
 from espalier.graph.ir import Graph, Node
 
 # Planes of so many floats begin with a cache line, so that no vector lies in two; and in different sets of the cache.
@@ -165,6 +165,7 @@ class Layout:
     home: dict[str, tuple[str, int]] = field(default_factory=dict)
     roots: dict[str, _Root] = field(default_factory=dict)
     above: dict[str, str] = field(default_factory=dict)  # union-find over roots: equal row strides
+    strided: dict[str, list[Node]] = field(default_factory=dict)  # root of phases -> the convs that read them
 
     def storage(self, root: str) -> Storage:
         """The finished storage of a root."""
@@ -291,7 +292,7 @@ def _channel_parts(
 def _plan_conv(layout: Layout, node: Node, graph: Graph) -> None:
     """Margins for a window of stride 1, and equal row strides of what it reads and writes."""
     source, out = str(node.inputs[0]), node.outputs[0]
-    window = graph.values[str(node.inputs[1])].shape[2:]
+    kernel = graph.values[str(node.inputs[1])].shape[2:]
     home = layout.home[source][0] if source in layout.home else None
     target = layout.home[out][0]
     if is_depthwise(graph, node):  # reads planes of any kind, in the arena
@@ -306,13 +307,29 @@ def _plan_conv(layout: Layout, node: Node, graph: Graph) -> None:
         layout.need(home, padding[0], padding[1])
         layout.join(home, target)
     else:
-        phases = f"{node.name}/phases"
-        stride, dilation = ([1, *node.attrs[k]][-2:] for k in ("stride", "dilation"))
-        _, height, width = planes_of(layout.shapes[out])
-        reach = [(w - 1) * d // s for w, d, s in zip([1, *window][-2:], dilation, stride)]
-        layout.roots[phases] = _Root(planes_of(layout.shapes[source])[0], height + reach[0], width + reach[1])
-        layout.above[phases] = phases
-        layout.join(phases, target)
+        _plan_phases(layout, node, target, [1, *kernel][-2:])
     residual = node.inputs[3] if len(node.inputs) > 3 else None
     if residual in layout.home:
         layout.join(layout.home[residual][0], target)
+
+
+def phases_of(node: Node) -> str:
+    """The root of the phases that a strided conv reads. Convs of one value with one stride share them."""
+    stride, _, _ = window(node)
+    return f"{node.inputs[0]}/phases {stride[0]}x{stride[1]}"
+
+
+def _plan_phases(layout: Layout, node: Node, target: str, kernel: Sequence[int]) -> None:
+    """Planes of phases, large enough for every conv that reads them."""
+    stride, _, dilation = window(node)
+    channels = planes_of(layout.shapes[str(node.inputs[0])])[0]
+    _, *out = planes_of(layout.shapes[node.outputs[0]])
+    height, width = (o + (k - 1) * d // s for o, k, d, s in zip(out, kernel, dilation, stride))
+    name = phases_of(node)
+    if name not in layout.roots:
+        layout.roots[name] = _Root(channels, height, width)
+        layout.above[name] = name
+    root = layout.roots[name]
+    root.height, root.width = max(root.height, height), max(root.width, width)
+    layout.strided.setdefault(name, []).append(node)
+    layout.join(name, target)

@@ -9,6 +9,7 @@ import torch
 
 from espalier.compiler import emit_depthwise, emit_ops, emit_resize, emit_tokens
 from espalier.compiler.emit import Emitter
+from espalier.compiler.fuse import ACTIVATIONS
 from espalier.compiler.samples import Samples, follows
 from espalier.compiler.transposed import transposed_as_conv
 from espalier.errors import CompileError
@@ -234,7 +235,7 @@ def _table() -> dict[str, Lowering]:
         "concat": Lowering(ops.concat, _concat),
         "pad": Lowering(ops.pad, _pad),
     }
-    table |= {name: Lowering(ops.unary, _move) for name in ops.ACTIVATIONS_ALONE}
+    table |= {name: Lowering(ops.unary, _move) for name in ACTIVATIONS}
     table |= {name: Lowering(ops.binary, _binary) for name in ops.BINARY}
     return table | {name: Lowering(ops.move, _move, fresh=False) for name in ops.MOVES}
 

@@ -35,7 +35,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     >>> [node.op for node in capture(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), torch.ones(1, 4)).nodes]
     ['linear', 'relu']
     """
-    args, kwargs = _inputs(example_inputs)
+    args, kwargs = arguments(example_inputs)
     # export makes parameters, also inside the caller's inference mode
     with _in_eval_mode(model), torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's own, about itself
@@ -52,7 +52,12 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
             raise CaptureError(f"{type(model).__name__} cannot be captured: {error}") from error
 
 
-def _inputs(example: ExampleInputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+def arguments(example: ExampleInputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Example inputs as the arguments and keyword arguments of a call. Raises ShapeError for what is no tensor.
+
+    >>> arguments({"x": torch.ones(1, 4)})
+    ((), {'x': tensor([[1., 1., 1., 1.]])})
+    """
     args: tuple[Tensor, ...] = ()
     kwargs: dict[str, Tensor] = {}
     if isinstance(example, Tensor):

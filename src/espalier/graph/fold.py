@@ -11,6 +11,8 @@ from espalier.graph.interpret import run_values
 from espalier.graph.ir import Graph, Node
 from espalier.graph.states import CONSTANT, along, states
 
+ROUNDING = 1e-5  # relative: what the order of a sum may make of equal numbers
+
 
 def fold_constants(graph: Graph) -> Graph:
     """The same network in which nobody reads a constant channel where that can be said by a bias instead.
@@ -23,7 +25,9 @@ def fold_constants(graph: Graph) -> Graph:
         constant = _constant_inputs(graph, node, state, uses)
         if constant is not None:
             values = values or some_run(graph)
-            graph = _folded(graph, node, constant, values)
+            level, even = _level(graph, node, values)
+            if bool((constant & even).any()):
+                graph = _folded(graph, node, constant & even, level)
     return graph
 
 
@@ -41,12 +45,22 @@ def _constant_inputs(graph: Graph, node: Node, state: dict[str, Tensor], uses: l
     return constant if bool(constant.any()) else None
 
 
-def _folded(graph: Graph, node: Node, constant: Tensor, values: dict[str, Tensor]) -> Graph:
+def _level(graph: Graph, node: Node, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The first number of every channel that `node` reads, and whether all its positions hold the same.
+
+    A constant may differ from position to position (bool on the CPU): a pixel shuffle puts several channels into one.
+    """
+    x = values[node.inputs[0] or ""].detach()
+    rows = x.movedim(1 if node.op == "conv" else x.ndim - 1, 0).flatten(1)
+    apart = (rows - rows[:, :1]).abs().amax(1)
+    return rows[:, 0], (apart <= ROUNDING * rows.abs().amax(1)).cpu()
+
+
+def _folded(graph: Graph, node: Node, constant: Tensor, level: Tensor) -> Graph:
     x, weight, bias = node.inputs[:3]
     assert x is not None and weight is not None
     old = graph.tensors[weight].detach()
-    dim = 1 if node.op == "conv" else values[x].ndim - 1
-    level = values[x].detach().movedim(dim, 0).flatten(1)[:, 0].double() * constant.to(old.device)
+    level = level.double().masked_fill(~constant.to(level.device), 0)
     extra = (old.flatten(2).sum(2) if old.ndim > 2 else old).double() @ level
     name = bias or weight.removesuffix("weight") + "bias"
     start = graph.tensors[name].detach().double() if bias else torch.zeros_like(extra)

@@ -50,9 +50,14 @@ def _parse_transposed(rank: int) -> Parse:
     return parse
 
 
-def _weight_norm(v: Tensor, g: Tensor, training: bool, dim: int) -> tuple[Tensor, Tensor]:
+def _weight_norm(v: Tensor, g: Tensor, training: bool, dim: int, norms: bool) -> Tensor | tuple[Tensor, Tensor]:
     norm = torch.norm_except_dim(v, 2, dim)
-    return v * (g / norm), norm
+    weight = v * (g / norm)
+    return (weight, norm) if norms else weight
+
+
+def _parse_weight_norm(norms: bool) -> Parse:
+    return lambda a: ([a["v"], a["g"]], {"dim": a["dim"], "norms": norms})
 
 
 _TRANSPOSED = {**dict.fromkeys(("stride", "padding", "extra", "dilation"), "sizes"), "conv_groups": "count"}
@@ -91,10 +96,10 @@ TOKENS = (
         "mixed",
         "mix",
         _weight_norm,
-        dict.fromkeys(
-            ("aten._weight_norm.default", "aten._weight_norm_interface.default"),
-            lambda a: ([a["v"], a["g"]], {"dim": a["dim"]}),
-        ),
-        {"dim": "int"},
+        {
+            "aten._weight_norm.default": _parse_weight_norm(False),
+            "aten._weight_norm_interface.default": _parse_weight_norm(True),
+        },
+        {"dim": "int", "norms": "flag"},
     ),
 )

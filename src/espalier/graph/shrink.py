@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import CaptureError
-from espalier.graph.capture import ExampleInputs, capture
+from espalier.graph.capture import ExampleInputs, arguments, capture
 from espalier.graph.fold import fold_constants
 from espalier.graph.interpret import apply, run
 from espalier.graph.ir import Graph, Node, Value
@@ -49,7 +49,7 @@ def shrink(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
     if not cuts.shapes:
         return copy.deepcopy(model)
     narrow = _narrowed(model, small)
-    if _computes(narrow, small):
+    if _computes(narrow, small, example_inputs):
         return narrow
     return to_module(small).train(model.training)
 
@@ -251,6 +251,7 @@ _SIZES: dict[type[nn.Module], dict[str, Any]] = {
     for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 }
 _SIZES[nn.Linear] = {"out_features": lambda m: m.weight.shape[0], "in_features": lambda m: m.weight.shape[1]}
+_SIZES[nn.PReLU] = {"num_parameters": lambda m: len(m.weight)}
 for _norm in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
     _SIZES[_norm] = {"num_features": lambda m: len(m.running_mean)}
 
@@ -280,30 +281,39 @@ def _narrowed(model: nn.Module, small: Graph) -> nn.Module:
     return narrow
 
 
-def _computes(module: nn.Module, graph: Graph) -> bool:
-    """Does `module`, in eval mode, compute what `graph` does?"""
-    device = next((tensor.device for tensor in graph.tensors.values()), torch.device("cpu"))
+def _computes(module: nn.Module, graph: Graph, example_inputs: ExampleInputs) -> bool:
+    """Does `module`, in eval mode, compute what `graph` does, on inputs like the example?"""
     generator = torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randn(graph.values[name].shape, generator=generator).to(device, graph.values[name].dtype)
-        for name in graph.inputs
-    ]
+
+    def drawn(x: Tensor) -> Tensor:  # only the example knows which whole numbers make sense, as for an embedding
+        return torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x
+
+    args, kwargs = arguments(example_inputs)
+    args, kwargs = tuple(drawn(x) for x in args), {name: drawn(x) for name, x in kwargs.items()}
     flags = [(m, m.training) for m in module.modules()]
     try:
+        named = {**dict(zip(graph.inputs, args)), **kwargs}
         with torch.no_grad():
-            got, want = _leaves(module.eval()(*inputs)), _leaves(run(graph, inputs))
+            got = _leaves(module.eval()(*args, **kwargs))
+            want = _leaves(run(graph, [named[name] for name in graph.inputs]))
     except Exception:  # whatever the user's code says to narrower layers: then it is not the same
         return False
     finally:
         for m, training in flags:
             m.training = training
-    return len(got) == len(want) and all(
-        a.shape == b.shape and float((a - b).abs().max()) <= SAME * max(1e-30, float(b.abs().max()))
-        for a, b in zip(got, want)
-    )
+    return len(got) == len(want) and all(_alike(a, b) for a, b in zip(got, want))
+
+
+def _alike(got: Tensor, want: Tensor) -> bool:
+    if got.shape != want.shape or not got.numel():
+        return got.shape == want.shape
+    got, want = got.double(), want.double()
+    return float((got - want).abs().max()) <= SAME * max(1e-30, float(want.abs().max()))
 
 
 def _leaves(tree: Any) -> list[Tensor]:
+    if tree is None:
+        return []
     if isinstance(tree, Tensor):
         return [tree]
     items = tree.values() if isinstance(tree, Mapping) else tree

@@ -63,6 +63,8 @@ def after(graph: Graph, node: Node, found: dict[str, Tensor], dropped: dict[str,
     kind = "mix" if node.op == OPAQUE else OPS[node.op].channels
     if kind == "contract" and node.inputs[1] in graph.tensors:
         return [_contract(graph, node, inputs[0], shapes[0], dropped)]
+    if node.op == "prelu":  # zero stays zero, whatever the slopes
+        return [x for x in inputs[:1] if x is not None]
     if kind == "norm":
         return [_norm(graph, node, inputs[0], dropped)]
     if kind == "elementwise":

@@ -3,6 +3,7 @@
 from espalier.report.bench import BenchReport
 from espalier.report.measure import SiteSize, Size, size, sizes
 from espalier.report.picture import Curve, curves, write_picture
+from espalier.report.screen import screen, tell
 from espalier.report.summary import FIGURES, achieved, latencies, print_summary
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "curves",
     "latencies",
     "print_summary",
+    "screen",
     "size",
     "sizes",
+    "tell",
     "write_picture",
 ]

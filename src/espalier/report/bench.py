@@ -13,9 +13,9 @@ from rich.table import Table
 
 from espalier.errors import DataError
 from espalier.report.picture import Bar, svg, write_picture
+from espalier.report.screen import WIDE, tell
 from espalier.runtime import LayerTime, Timing
 
-WIDE = 150  # characters: room for reasons
 SMALL = 0.005  # steps below this share of the time stand in one row
 
 
@@ -43,11 +43,9 @@ class BenchReport:
             quartiles = f"{timing.low_ms:.3f} .. {timing.high_ms:.3f}"
             table.add_row(name, f"{timing.median_ms:.3f}", quartiles, f"{timing.median_ms / ours:.2f}x")
         console.print(table)
-        if not console.is_terminal:
-            console.width = max(console.width, WIDE)  # a file or a pipe has room
         console.print(self._layers(reasons=console.width >= WIDE))
         for name in self.fallbacks:
-            console.print(f"runs through PyTorch: {name}", markup=False, highlight=False)
+            tell(console, f"runs through PyTorch: {name}")
 
     def _layers(self, reasons: bool) -> Table:
         """reasons: with kernels, and why weights are stored as they are; a narrow terminal has no room for them."""

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
+from espalier.report.screen import screen, tell
 from espalier.runtime import bench, compile
 
 
@@ -119,9 +121,10 @@ FIGURES: tuple[Figure, ...] = (
 
 def print_summary(report: dict[str, Any], out: Path, console: Console | None = None) -> None:
     """Print dense against compressed, requested against achieved, and where the files are."""
-    console = console or Console()
+    console = console or screen()
     threads = report["machine"]["threads"]
-    table = Table(title=f"dense against compressed (batch 1, {threads} threads, medians of interleaved runs)")
+    many = "1 thread" if threads == 1 else f"{threads} threads"
+    table = Table(title=f"dense against compressed (batch 1, {many}, medians of interleaved runs)")
     for heading in ("", "dense", "compressed", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
     for figure in FIGURES:
@@ -131,11 +134,11 @@ def print_summary(report: dict[str, Any], out: Path, console: Console | None = N
     console.print(table)
     asked, got = report["requested"], report["achieved"]
     if asked["density"] is not None:
-        console.print(f"density   requested {asked['density']:.4f}   achieved {got['density']:.4f}")
-    console.print(f"accuracy  allowed drop {asked['max_drop']:.2f} points   achieved {got['drop']:+.2f}")
+        tell(console, f"density   requested {asked['density']:.4f}   achieved {got['density']:.4f}")
+    tell(console, f"accuracy  allowed drop {asked['max_drop']:.2f} points   achieved {got['drop']:+.2f}")
     for where, words in (("test", "test"), ("holdout", "held-out")):
         found = report["drop"][where]
-        console.print(f"  lost on {found['n']} {words} images: {found['points']:.2f} +- {found['error']:.2f} points")
+        tell(console, f"  lost on {found['n']} {words} images: {found['points']:.2f} +- {found['error']:.2f} points")
     for note in got["notes"]:
-        console.print(f"[yellow]missed:[/] {note}")
-    console.print(f"written to {out}: model.esp, plan.toml, report.json")
+        console.print(Text.assemble(("missed: ", "yellow"), note))
+    tell(console, f"written to {out}: model.esp, plan.toml, report.json")

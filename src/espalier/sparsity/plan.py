@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -133,11 +134,16 @@ class Plan:
         return cls(tuple(_entry(dict(fields), f"{source}, [[site]] {k + 1}") for k, fields in enumerate(listed)))
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as TOML, whole or not at all."""
+        """Write the plan as TOML, whole or not at all. Raises PlanError where it cannot be written."""
         target = Path(path)
         part = target.with_name(target.name + ".part")
-        part.write_text(self.to_toml(), encoding="utf-8")
-        os.replace(part, target)
+        try:
+            part.write_text(self.to_toml(), encoding="utf-8")
+            os.replace(part, target)
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            with suppress(OSError, ValueError):
+                part.unlink(missing_ok=True)
+            raise PlanError(f"{path}: cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -177,7 +177,7 @@ def _lowest(loss: Tensor, count: int) -> Tensor:
     """Boolean mask of exactly `count` entries with the lowest loss; ties go to the first."""
     if count <= 0 or count >= loss.numel():
         return torch.full_like(loss, count > 0, dtype=torch.bool)
-    if loss.is_cuda:
+    if loss.device.type != "cpu":
         threshold = loss.kthvalue(count).values
     else:  # numpy's vectorised quickselect is several times faster than torch's here
         threshold = torch.from_numpy(np.partition(loss.numpy(), count - 1)[count - 1 : count])[0]

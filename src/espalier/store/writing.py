@@ -32,7 +32,9 @@ def write_whole(path: str | Path, parts: Iterable[bytes]) -> None:
     except OSError as error:
         _remove(part)
         cause = error.strerror or str(error)
-        raise FileFormatError(path, f"cannot be written: {cause}. What was there before is whole") from error
+        raise FileFormatError(
+            path, f"cannot be written: {cause}. What was there before is whole; make room, or choose another place"
+        ) from error
     except BaseException:  # Ctrl-C: leave nothing half behind
         _remove(part)
         raise

@@ -1,6 +1,6 @@
 """A loop for people who have none: data, zoo, training."""
 
-from espalier.train.checkpoint import seed_everything
+from espalier.train.checkpoint import seed_everything, write_checkpoint
 from espalier.train.data import DATA, load_data
 from espalier.train.loop import Epoch, History, fit
 from espalier.train.recipe import Recipe
@@ -44,4 +44,5 @@ __all__ = [
     "recalibrate",
     "recalibrate_if_better",
     "seed_everything",
+    "write_checkpoint",
 ]

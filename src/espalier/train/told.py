@@ -88,4 +88,7 @@ class Tried:
 
     def _line(self, words: str, end: str) -> None:
         line = f"{self.phase} {self.count}  {words}  {time.monotonic() - self.began:.1f} s"
+        if self.console.is_terminal:  # over the line before it, whatever its length, and never onto a second one
+            room = self.console.width - 1
+            line = line[:room].ljust(room)
         self.console.print(line, highlight=False, markup=False, soft_wrap=True, end=end)

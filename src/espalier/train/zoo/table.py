@@ -98,7 +98,7 @@ def build(name: str, *, classes: int | None = None, **options: Any) -> nn.Module
         options = {"classes": classes, **options}
     try:
         inspect.signature(make).bind(**options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: a builtin that does not say what it takes
         known = ", ".join(_parameters(make)) or "no options"
         raise DataError(f"model {name!r}: {error}. It takes {known}") from None
     made = make(**options)
@@ -144,4 +144,7 @@ def _factory(name: str) -> Callable[..., nn.Module]:
 
 def _parameters(make: Callable[..., nn.Module]) -> list[str]:
     gathered = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p.name for p in inspect.signature(make).parameters.values() if p.kind not in gathered]
+    try:
+        return [p.name for p in inspect.signature(make).parameters.values() if p.kind not in gathered]
+    except ValueError:  # a builtin
+        return []
