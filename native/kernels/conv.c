@@ -22,56 +22,72 @@ typedef struct {
     int64_t columns, height;
 } block;
 
+/* The vectors of a tile: where each lies, how many of its lanes count, and up to which zeros are stored behind them. */
+typedef struct {
+    int64_t in[8], out[8], residual[8];
+    int lanes[8], stored[8];
+    bool whole; /* all lanes of all vectors count */
+} spots;
+
 /* Residual and activation of M rows at V vectors, and every row where it belongs. With clamp, kind is no activation or
  * a clamp between low and high; without, any. */
-ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool add, const block *b, vec acc[8][8],
-    int64_t out_at, int64_t res_at, int last, float low, float high)
+ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool add, const bool whole, const block *b,
+    vec acc[8][8], const spots *at, float low, float high)
 {
-    const esp_step *s = b->step;
+    /* copies: the compiler must believe that stores change what lies behind pointers */
+    const int64_t to_stride = b->step->out.stride[1], from_stride = b->step->b.stride[1];
+    const int activation = b->step->activation;
+    const float *from = b->residual;
+    float *to = b->out;
+    int64_t to_at[8], from_at[8];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+        to_at[v] = at->out[v];
+        from_at[v] = add ? at->residual[v] : 0;
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
         const int64_t row = b->rows[m];
         if (row < 0) continue;
-        float *out = b->out + row * s->out.stride[1] + out_at;
-        const float *residual = add ? b->residual + row * s->b.stride[1] + res_at : NULL;
+        float *out = to + row * to_stride;
+        const float *residual = add ? from + row * from_stride : NULL;
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) {
-            const bool part = v == V - 1 && last < ESP_WIDTH;
+            const int lanes = whole ? ESP_WIDTH : at->lanes[v];
             vec y = acc[m][v];
-            if (add) y += part ? load_part(residual + v * ESP_WIDTH, last) : load(residual + v * ESP_WIDTH);
-            y = clamp ? vmin(splat(high), vmax(splat(low), y)) : activate(y, s->activation, low, high);
-            if (part)
-                store_part(out + v * ESP_WIDTH, y, last);
+            if (add) y += lanes < ESP_WIDTH ? load_part(residual + from_at[v], lanes) : load(residual + from_at[v]);
+            y = clamp ? vmin(splat(high), vmax(splat(low), y)) : activate(y, activation, low, high);
+            if (lanes < ESP_WIDTH)
+                store_part(out + to_at[v], choose_lanes(lanes_between(0, lanes), y, (vec){0}), at->stored[v]);
             else
-                store(out + v * ESP_WIDTH, y);
+                store(out + to_at[v], y);
         }
     }
 }
 
-/* M rows at V vectors of pixels; `last` lanes of the last vector count. */
-ESP_INLINE void tile(const int M, const int V, const block *b, int64_t in_at, int64_t out_at, int64_t res_at, int last)
+/* M rows at V vectors of pixels. */
+ESP_INLINE void tile(const int M, const int V, const block *b, const spots *at)
 {
     const esp_step *s = b->step;
-    const float *in = b->in + in_at, *values = b->values;
+    const float *in = b->in + at->in[0], *values = b->values;
     const int32_t *index = b->index;
+    int64_t apart[8];
     vec acc[8][8];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) apart[v] = at->in[v] - at->in[0];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
         const int64_t row = b->rows[m] < 0 ? 0 : b->rows[m];
         const float bias = s->bias ? s->bias[row] : 0.0f;
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) {
-            acc[m][v] = splat(bias);
-            /* other cores may have read these lines: they are ours alone by the time that the sums are ready */
-            __builtin_prefetch(b->out + row * s->out.stride[1] + out_at + v * ESP_WIDTH, 1, 3);
-        }
+        for (int v = 0; v < V; v++) acc[m][v] = splat(bias);
     }
     const int64_t height = b->height;
     for (int64_t j = 0; j < b->columns; j++, values += height) {
         const float *x = in + index[j];
         vec pixels[8];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) pixels[v] = load(x + v * ESP_WIDTH);
+        for (int v = 0; v < V; v++) pixels[v] = load(x + apart[v]);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
             vec w = splat(values[m]);
@@ -82,24 +98,25 @@ ESP_INLINE void tile(const int M, const int V, const block *b, int64_t in_at, in
     const bool clamps = s->activation == ESP_CLAMP;
     const float low = s->activation ? s->act_a : -INFINITY, high = s->activation ? s->act_b : INFINITY;
     if (clamps || s->activation == ESP_LINEAR_ACT) {
-        if (b->residual)
-            finish(M, V, true, true, b, acc, out_at, res_at, last, low, high);
+        if (at->whole && b->residual)
+            finish(M, V, true, true, true, b, acc, at, low, high);
+        else if (at->whole)
+            finish(M, V, true, false, true, b, acc, at, low, high);
+        else if (b->residual)
+            finish(M, V, true, true, false, b, acc, at, low, high);
         else
-            finish(M, V, true, false, b, acc, out_at, res_at, last, low, high);
+            finish(M, V, true, false, false, b, acc, at, low, high);
     } else if (b->residual) {
-        finish(M, V, false, true, b, acc, out_at, res_at, last, low, high);
+        finish(M, V, false, true, false, b, acc, at, low, high);
     } else {
-        finish(M, V, false, false, b, acc, out_at, res_at, last, low, high);
+        finish(M, V, false, false, false, b, acc, at, low, high);
     }
 }
 
-typedef void (*tile_function)(const block *, int64_t, int64_t, int64_t, int);
+typedef void (*tile_function)(const block *, const spots *);
 
 #define TILE(M, V) \
-    static void tile_##M##_##V(const block *b, int64_t i, int64_t o, int64_t r, int last) \
-    { \
-        tile(M, V, b, i, o, r, last); \
-    }
+    static void tile_##M##_##V(const block *b, const spots *at) { tile(M, V, b, at); }
 
 /* Rows at once and the widest tile per instruction set: as many accumulators as it has registers for. */
 TILE(1, 1) TILE(1, 2) TILE(1, 3) TILE(1, 4) TILE(1, 5) TILE(1, 6) TILE(1, 7) TILE(1, 8)
@@ -133,13 +150,48 @@ static void zero_flat(const esp_step *s, float *out, int64_t row, int64_t begin,
     if (begin == 0 && row == 0) zero_floats(out - s->front, s->front);
 }
 
-/* The pixels of one chunk: part of the only segment, or some of many. */
+/* How a step is cut: the vectors of its pixels, which are its units, into chunks. */
 typedef struct {
-    int64_t first, count, begin, end;
-} chunk;
+    int64_t units, per_segment, chunks;
+    int64_t cost; /* of all blocks at one unit: a column is 1, the work that every block has 4 */
+    int margin;   /* lanes behind a segment that are its margin, where they lie in its last vector; or 0 */
+} cut;
+
+static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* `count` units in the only segment, counted from its pixel `first`. */
+ESP_INLINE void flat_spots(spots *at, const esp_step *s, int64_t first, int count)
+{
+    const int64_t left = s->param[CONV_LENGTH] - first - (count - 1) * ESP_WIDTH;
+    for (int v = 0; v < count; v++) {
+        at->in[v] = at->out[v] = at->residual[v] = first + v * ESP_WIDTH;
+        at->lanes[v] = at->stored[v] = ESP_WIDTH;
+    }
+    at->whole = left >= ESP_WIDTH;
+    if (!at->whole) at->lanes[count - 1] = at->stored[count - 1] = (int)left;
+}
+
+/* The next `count` units from (*segment, *vector) on. */
+ESP_INLINE void next_spots(spots *at, const esp_step *s, const cut *c, int64_t *segment, int64_t *vector, int count)
+{
+    const int64_t *p = s->param;
+    at->whole = true;
+    for (int v = 0; v < count; v++) {
+        const int64_t pixel = *vector * ESP_WIDTH, left = p[CONV_LENGTH] - pixel;
+        at->in[v] = *segment * p[CONV_IN_STRIDE] + pixel;
+        at->out[v] = *segment * p[CONV_OUT_STRIDE] + pixel;
+        at->residual[v] = *segment * p[CONV_RESIDUAL_STRIDE] + pixel;
+        at->lanes[v] = left < ESP_WIDTH ? (int)left : ESP_WIDTH;
+        at->stored[v] = left < ESP_WIDTH ? (int)left + c->margin : ESP_WIDTH;
+        at->whole = at->whole && left >= ESP_WIDTH;
+        if (++*vector < c->per_segment) continue;
+        *vector = 0;
+        ++*segment;
+    }
+}
 
 /* Blocks first..upto at one tile: b is the part that all of them share. */
-ESP_INLINE void run_tile(block b, int64_t first, int64_t upto, tile_function tile, int M, const int64_t at[3], int last)
+ESP_INLINE void run_tile(block b, int64_t first, int64_t upto, tile_function tile, int M, const spots *at)
 {
     const esp_step *s = b.step;
     for (int64_t i = first; i < upto; i++) {
@@ -147,35 +199,46 @@ ESP_INLINE void run_tile(block b, int64_t first, int64_t upto, tile_function til
         b.columns = s->starts[i + 1] - s->starts[i];
         b.rows = s->rows + i * b.height;
         b.values = s->values + s->starts[i] * b.height;
-        for (int64_t r = 0; r < b.height; r += M, b.rows += M, b.values += M) tile(&b, at[0], at[1], at[2], last);
+        for (int64_t r = 0; r < b.height; r += M, b.rows += M, b.values += M) tile(&b, at);
     }
 }
 
-/* Blocks first..upto over the pixels of a chunk, in tiles of nearly equal width. All blocks at one tile before the
- * next: what the tile reads stays in the nearest cache, while the weights, which are read in order, come from the
- * second. */
-static void run_blocks(
-    const block *b, int64_t first, int64_t upto, const tile_function *tiles, int M, int widest, const chunk *c)
+/* The margins that units begin..end of a row of the output leave to be zeroed. */
+static void zero_margins(const esp_step *s, const cut *c, float *out, int64_t row, int64_t begin, int64_t end)
+{
+    const int64_t *p = s->param;
+    if (p[CONV_SEGMENTS] == 1 && s->out.size[2] > 1) {
+        const int64_t last = end * ESP_WIDTH;
+        zero_flat(s, out, row, begin * ESP_WIDTH, last < p[CONV_LENGTH] ? last : p[CONV_LENGTH]);
+        return;
+    }
+    /* the segments whose last vector lies in begin..end */
+    for (int64_t y = begin / c->per_segment; y < end / c->per_segment; y++)
+        if (c->margin)
+            zero_above_and_below(s, out, row, y);
+        else
+            zero_margin(s, out, row, y);
+}
+
+/* Blocks first..upto at units begin..end, in tiles of nearly equal width. All blocks at one tile before the next: what
+ * the tile reads stays in the nearest cache, while the weights, which are read in order, come from the second. */
+static void run_blocks(const block *b, int64_t first, int64_t upto, const tile_function *tiles, int M, int widest,
+    const cut *c, int64_t begin, int64_t end)
 {
     const esp_step *s = b->step;
-    const int64_t *p = s->param, length = c->end - c->begin;
-    const int64_t vectors = (length + ESP_WIDTH - 1) / ESP_WIDTH, count = (vectors + widest - 1) / widest;
-    for (int64_t seg = c->first; seg < c->first + c->count; seg++)
-        for (int64_t t = 0, done = 0; t < count; t++) {
-            const int64_t next = vectors * (t + 1) / count, pixel = c->begin + done * ESP_WIDTH;
-            const int64_t at[3] = {seg * p[CONV_IN_STRIDE] + pixel, seg * p[CONV_OUT_STRIDE] + pixel,
-                seg * p[CONV_RESIDUAL_STRIDE] + pixel};
-            const int last = next < vectors ? ESP_WIDTH : (int)(length - (vectors - 1) * ESP_WIDTH);
-            run_tile(*b, first, upto, tiles[next - done - 1], M, at, last);
-            done = next;
-        }
-    for (int64_t r = first * b->height; r < upto * b->height && s->margins; r++) {
-        if (s->rows[r] < 0) continue;
-        if (p[CONV_SEGMENTS] == 1 && s->out.size[2] > 1)
-            zero_flat(s, b->out, s->rows[r], c->begin, c->end);
-        else if (c->end == p[CONV_LENGTH])
-            for (int64_t seg = c->first; seg < c->first + c->count; seg++) zero_margin(s, b->out, s->rows[r], seg);
+    const int64_t count = divide_up(end - begin, widest), narrow = (end - begin) / count, wider = (end - begin) % count;
+    int64_t segment = begin / c->per_segment, vector = begin % c->per_segment;
+    spots at;
+    for (int64_t t = 0; t < count; t++) {
+        const int wide = (int)narrow + (t < wider);
+        if (c->per_segment == c->units)
+            flat_spots(&at, s, (begin + t * narrow + (t < wider ? t : wider)) * ESP_WIDTH, wide);
+        else
+            next_spots(&at, s, c, &segment, &vector, wide);
+        run_tile(*b, first, upto, tiles[wide - 1], M, &at);
     }
+    for (int64_t r = first * b->height; r < upto * b->height && s->margins; r++)
+        if (s->rows[r] >= 0) zero_margins(s, c, b->out, s->rows[r], begin, end);
 }
 
 /* Behind block `first`, at most `limit`: as many blocks as leave room in the second cache for what they read. */
@@ -186,27 +249,20 @@ static int64_t group_end(const esp_step *s, int64_t first, int64_t limit, int64_
     return upto;
 }
 
-/* How a step is cut: its pixels into chunks of whole vectors (of one run of pixels) or whole segments. */
-typedef struct {
-    bool flat;
-    int64_t units, chunks; /* units: vectors or segments */
-    int64_t cost;          /* of all blocks at one unit: a column is 1, the work that every block has 4 */
-} cut;
-
-static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /* In tenths of the time that the product of a weight and a vector takes: to stream a weight from the second or third
  * cache, to have a float from the cache of another core, and what a tile takes beside its products. */
-enum { STREAM = 16, FETCH = 30, TILE = 3 };
+enum { STREAM = 24, FETCH = 22, TILE = 3 };
+
+enum { MOST_CHUNKS = 4096 }; /* of a band */
 
 /* In how many bands to cut the pixels for `parts` threads. With a band for each thread, a thread finds in its own cache
  * most of what it reads, since it wrote that in the step before, but all threads read all weights. With fewer bands
  * threads share them by blocks: they read fewer weights, and most pixels from each other. */
-static int64_t bands_of(const esp_step *s, int64_t units, int64_t vectors, int parts)
+static int64_t bands_of(const esp_step *s, int64_t vectors, int parts)
 {
     const int64_t rows = s->out.size[1] * (s->b.space ? 2 : 1), weights = s->values_count + s->index_count;
     int64_t best = 1, least = INT64_MAX;
-    for (int64_t bands = 1; bands <= parts && bands <= units; bands++) {
+    for (int64_t bands = 1; bands <= parts && bands <= vectors; bands++) {
         if (parts % bands) continue;
         const int64_t sharers = parts / bands, width = divide_up(vectors, bands);
         const int64_t used = (s->a.size[1] * width + rows * width / sharers) * ESP_WIDTH, moved = used - used / sharers;
@@ -222,15 +278,32 @@ static int64_t bands_of(const esp_step *s, int64_t units, int64_t vectors, int p
 
 static cut cut_of(const esp_step *s, int parts)
 {
-    const int64_t *p = s->param, blocks = s->starts_count - 1;
-    const bool flat = p[CONV_SEGMENTS] == 1;
-    const int64_t per_unit = flat ? 1 : divide_up(p[CONV_LENGTH], ESP_WIDTH);
-    const int64_t units = flat ? divide_up(p[CONV_LENGTH], ESP_WIDTH) : p[CONV_SEGMENTS];
-    const int64_t wanted = flat ? divide_up(p[CONV_CHUNK], ESP_WIDTH) : 1 + p[CONV_CHUNK] / p[CONV_LENGTH];
-    const int64_t bands = bands_of(s, units, units * per_unit, parts);
+    const int64_t *p = s->param, length = p[CONV_LENGTH], per_segment = divide_up(length, ESP_WIDTH);
+    const int64_t units = p[CONV_SEGMENTS] * per_segment, blocks = s->starts_count - 1;
+    const int64_t wanted = p[CONV_SEGMENTS] == 1 ? divide_up(p[CONV_CHUNK], ESP_WIDTH)
+                                                 : (1 + p[CONV_CHUNK] / length) * per_segment;
+    const int64_t bands = bands_of(s, units, parts);
     int64_t chunks = (units + bands * wanted / 2) / (bands * wanted); /* of a band: about as many as are wanted */
-    chunks = bands * (chunks ? chunks : 1);
-    return (cut){flat, units, chunks < units ? chunks : units, s->index_count + 4 * blocks};
+    chunks = bands * (chunks < 1 ? 1 : chunks < MOST_CHUNKS ? chunks : MOST_CHUNKS);
+    const bool whole = p[CONV_SEGMENTS] == s->out.size[2] && length == s->out.size[3] &&
+                       p[CONV_OUT_STRIDE] == s->out.stride[2];
+    const int64_t margin = s->out.stride[1] - length;
+    const bool stored = s->margins && whole && by_rows(&s->out) && length + margin <= per_segment * ESP_WIDTH;
+    return (cut){units, per_segment, chunks < units ? chunks : units, s->index_count + 4 * blocks,
+        stored ? (int)margin : 0};
+}
+
+/* Which part of the sequence of chunks, counted in their cost, is a thread's: its band, where bands are about equal. Else
+ * an equal share, which leaves the ends of bands to two threads. */
+static void share_chunks(const cut *c, int part, int parts, int64_t *begin, int64_t *end)
+{
+    if (c->chunks % parts == 0 && divide_up(c->units, parts) * parts * 8 <= c->units * 9) {
+        const int64_t each = c->chunks / parts;
+        *begin = c->units * (each * part) / c->chunks * c->cost;
+        *end = c->units * (each * (part + 1)) / c->chunks * c->cost;
+    } else {
+        share(c->units * c->cost, part, parts, begin, end);
+    }
 }
 
 /* How many blocks of a chunk, `count` units from `from` on, have their position in the sequence before `position`. */
@@ -251,10 +324,10 @@ static int64_t blocks_before(const esp_step *s, const cut *c, int64_t from, int6
  * equal shares of the sequence by its cost. */
 static void run(const esp_step *s, const esp_frame *f, int part, int parts, const tile_function *tiles, int M, int widest)
 {
-    const int64_t *p = s->param, height = p[CONV_HEIGHT];
+    const int64_t height = s->param[CONV_HEIGHT];
     const cut c = cut_of(s, parts);
     int64_t begin, end;
-    share(c.units * c.cost, part, parts, &begin, &end);
+    share_chunks(&c, part, parts, &begin, &end);
     block b = {s, esp_source(&s->a, f), esp_target(&s->out, f), NULL, NULL, NULL, NULL, 0, height};
     if (s->b.space) b.residual = esp_source(&s->b, f);
     for (int64_t k = 0; k < c.chunks; k++) {
@@ -264,11 +337,9 @@ static void run(const esp_step *s, const esp_frame *f, int part, int parts, cons
         /* the blocks whose position lies in begin..end */
         const int64_t count = upto - from, limit = blocks_before(s, &c, from, count, end);
         int64_t first = blocks_before(s, &c, from, count, begin);
-        const int64_t last = upto * ESP_WIDTH < p[CONV_LENGTH] ? upto * ESP_WIDTH : p[CONV_LENGTH];
-        const chunk pixels = c.flat ? (chunk){0, 1, from * ESP_WIDTH, last} : (chunk){from, count, 0, p[CONV_LENGTH]};
         while (first < limit) {
             const int64_t next = group_end(s, first, limit, height);
-            run_blocks(&b, first, next, tiles, M, widest, &pixels);
+            run_blocks(&b, first, next, tiles, M, widest, &c, from, upto);
             first = next;
         }
     }

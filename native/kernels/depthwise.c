@@ -200,7 +200,7 @@ void ESP_NAME(depthwise)(const esp_step *s, const esp_frame *f, int part, int pa
     const float *in = esp_source(&s->a, f), *residual = s->b.space ? esp_source(&s->b, f) : NULL;
     float *out = esp_target(&s->out, f);
     const window_row *functions = functions_for(p);
-    const patch own = share_planes(&s->out, part, parts);
+    const patch own = share_planes(&s->out, part, parts, false);
     for (int64_t number = own.plane; number < own.last_plane; number++) {
         const int64_t source = p[DEPTHWISE_MULTIPLIER] == 1 ? number : number / p[DEPTHWISE_MULTIPLIER];
         const channel c = {s, in + source * s->a.stride[1], residual ? residual + number * s->b.stride[1] : NULL,

@@ -115,7 +115,7 @@ void ESP_NAME(binary)(const esp_step *s, const esp_frame *f, int part, int parts
 {
     float *out = esp_target(&s->out, f);
     const float *a = esp_source(&s->a, f), *b = esp_source(&s->b, f);
-    const patch p = share_planes(&s->out, part, parts);
+    const patch p = share_planes(&s->out, part, parts, by_rows(&s->out));
     row r = row_of(s);
     r.b_stride = s->b.stride[3];
     plane_row at = first_row(&s->out, &p);
@@ -133,7 +133,7 @@ void ESP_NAME(unary)(const esp_step *s, const esp_frame *f, int part, int parts)
 {
     float *out = esp_target(&s->out, f);
     const float *a = esp_source(&s->a, f);
-    const patch p = share_planes(&s->out, part, parts);
+    const patch p = share_planes(&s->out, part, parts, by_rows(&s->out));
     row r = row_of(s);
     plane_row at = first_row(&s->out, &p);
     for (int64_t i = rows_of(&p); i > 0; i--, next_row(&s->out, &p, &at)) {

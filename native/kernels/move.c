@@ -16,7 +16,7 @@ void ESP_NAME(copy)(const esp_step *s, const esp_frame *f, int part, int parts)
 {
     float *out = esp_target(&s->out, f);
     const float *in = esp_source(&s->a, f);
-    const patch p = share_planes(&s->out, part, parts);
+    const patch p = share_planes(&s->out, part, parts, by_rows(&s->out));
     plane_row r = first_row(&s->out, &p);
     for (int64_t i = rows_of(&p); i > 0; i--, next_row(&s->out, &p, &r)) {
         copy_row(out + place(&s->out, r), s->out.stride[3], in + place(&s->a, r), s->a.stride[3], s->out.size[3]);
@@ -74,7 +74,7 @@ void ESP_NAME(gather)(const esp_step *s, const esp_frame *f, int part, int parts
     float *out = esp_target(&s->out, f);
     const float *in = esp_source(a, f), *end = in + 1;
     for (int d = 1; d < 4; d++) end += (a->size[d] - 1) * a->stride[d];
-    const patch p = share_planes(&s->out, part, parts);
+    const patch p = share_planes(&s->out, part, parts, by_rows(&s->out));
     const int64_t channels = s->out.size[1];
     for (int64_t i = p.plane; i < p.last_plane; i++) {
         const int64_t n = i / channels, c = i % channels;
@@ -86,7 +86,7 @@ void ESP_NAME(gather)(const esp_step *s, const esp_frame *f, int part, int parts
 void ESP_NAME(fill)(const esp_step *s, const esp_frame *f, int part, int parts)
 {
     float *out = esp_target(&s->out, f);
-    const patch p = share_planes(&s->out, part, parts);
+    const patch p = share_planes(&s->out, part, parts, by_rows(&s->out));
     plane_row r = first_row(&s->out, &p);
     for (int64_t i = rows_of(&p); i > 0; i--, next_row(&s->out, &p, &r)) {
         float *row = out + place(&s->out, r);

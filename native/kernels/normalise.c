@@ -67,7 +67,7 @@ void ESP_NAME(norm)(const esp_step *s, const esp_frame *f, int part, int parts)
         }
         return;
     }
-    const patch p = share_planes(o, part, parts);
+    const patch p = share_planes(o, part, parts, by_rows(o));
     plane_row r = first_row(o, &p);
     for (int64_t i = rows_of(&p); i > 0; i--, next_row(o, &p, &r)) {
         norm_row(s, in + place(a, r), out + place(o, r));

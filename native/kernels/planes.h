@@ -1,10 +1,13 @@
 /* Sharing out rows of planes, and their margins.
  *
- * A plane is followed by its back margin (up to the next plane), a row by its side margin (up to the next row); `front`
- * floats lie before the first plane. Whoever writes a row zeroes what follows it. */
+ * Planes lie one behind the other: each is followed by its back margin (up to the next plane), a row by its side margin
+ * (up to the next row). Or they lie row by row: one row of all planes, each followed by its side margin, then the next
+ * row of all; rows of margin lie before the first and behind the last. `front` floats lie before the first pixel.
+ * Whoever writes a row zeroes what belongs to it. */
 #ifndef ESP_PLANES_H
 #define ESP_PLANES_H
 
+#include <stdbool.h>
 #include <string.h>
 
 #include "../src/program.h"
@@ -23,12 +26,29 @@ static inline void zero_floats(float *p, int64_t count)
         for (int64_t i = 0; i < count; i++) p[i] = 0;
 }
 
+static inline bool by_rows(const esp_operand *o) { return o->size[2] > 1 && o->stride[2] > o->stride[1]; }
+
+/* Planes row by row: the margin above or below, if row y of plane c is the first or the last. */
+static inline void zero_above_and_below(const esp_step *s, float *out, int64_t c, int64_t y)
+{
+    const int64_t plane = s->out.stride[1], row = s->out.stride[2], rows = s->front / row;
+    float *first = out + c * plane, *last = first + (s->out.size[2] - 1) * row;
+    for (int64_t k = 1; k <= rows && y == 0; k++) zero_floats(first - k * row, plane);
+    for (int64_t k = 1; k <= rows && y == s->out.size[2] - 1; k++) zero_floats(last + k * row, plane);
+    if (c == 0 && y == 0) zero_floats(out - s->front, s->front - rows * row);
+}
+
 /* the margins that belong to row y of plane c of the step's output, whose pixel (0, 0, 0) is at `out` */
 static inline void zero_margin(const esp_step *s, float *out, int64_t c, int64_t y)
 {
     const esp_operand *o = &s->out;
     if (!s->margins) return;
     float *row = out + c * o->stride[1] + y * o->stride[2], *behind = row + o->size[3];
+    if (by_rows(o)) {
+        zero_floats(behind, o->stride[1] - o->size[3]);
+        zero_above_and_below(s, out, c, y);
+        return;
+    }
     float *next = y + 1 < o->size[2] ? row + o->stride[2] : out + (c + 1) * o->stride[1];
     zero_floats(behind, next - behind);
     if (c == 0 && y == 0) zero_floats(out - s->front, s->front);
@@ -49,15 +69,17 @@ typedef struct {
     int64_t plane, last_plane, row, last_row;
 } patch;
 
-enum { LEAST_BAND = 64 }; /* floats: a band so short would share most of its cache lines with its neighbours */
+/* Floats of a band: with less, where rows of a plane lie together, prefetchers of a core fetch the bands beside it, too,
+ * which others write. */
+enum { LEAST_BAND = 1024 };
 
 /* Share `part` of the planes of `o`: a band of the rows of all of them, which a thread has in its own cache since steps
- * with weights share out pixels; or whole planes, where such bands would be too short. */
-static inline patch share_planes(const esp_operand *o, int part, int parts)
+ * with weights share out pixels; or whole planes, where bands would be too narrow. */
+static inline patch share_planes(const esp_operand *o, int part, int parts, bool narrow)
 {
     const int64_t planes = o->size[0] * o->size[1], rows = o->size[2];
     patch p = {0, planes, 0, rows};
-    if (rows >= parts && (rows / parts * o->size[3] >= LEAST_BAND || planes < parts))
+    if (rows >= parts && (narrow || rows / parts * o->size[3] >= LEAST_BAND || planes < parts))
         share(rows, part, parts, &p.row, &p.last_row);
     else
         share(planes, part, parts, &p.plane, &p.last_plane);

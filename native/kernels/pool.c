@@ -193,7 +193,7 @@ void ESP_NAME(pool)(const esp_step *s, const esp_frame *f, int part, int parts)
     const int64_t width = s->out.size[3], spare = STRIP - 1 - (s->param[POOL_WINDOW_X] - 1) * s->param[POOL_DILATION_X];
     const int64_t strip = spare / s->param[POOL_STRIDE_X] + 1;
     const band_function *small = bands_for(s);
-    const patch p = share_planes(&s->out, part, parts);
+    const patch p = share_planes(&s->out, part, parts, by_rows(&s->out));
     plane_row r = first_row(&s->out, &p);
     for (int64_t left = rows_of(&p), rows; left > 0; left -= rows) {
         const float *plane = in + r.c * s->a.stride[1];
@@ -230,7 +230,7 @@ void ESP_NAME(adaptive)(const esp_step *s, const esp_frame *f, int part, int par
     const bool run = whole && rows && (a->stride[2] == a->size[3] || a->size[2] == 1); /* a plane is one run */
     float *out = esp_target(o, f);
     const float *in = esp_source(a, f);
-    const patch p = share_planes(o, part, parts);
+    const patch p = share_planes(o, part, parts, by_rows(o));
     plane_row r = first_row(o, &p);
     for (int64_t i = rows_of(&p); i > 0; i--, next_row(o, &p, &r)) {
         const float *plane = in + r.c * a->stride[1];

@@ -11,7 +11,7 @@ void ESP_NAME(resize)(const esp_step *s, const esp_frame *f, int part, int parts
     const int32_t *x0 = s->index + height, *y1 = x0 + padded, *x1 = y1 + height;
     const float *in = esp_source(&s->a, f), *share_y = s->values, *share_x = s->values + height;
     float *out = esp_target(o, f);
-    const patch p = share_planes(o, part, parts);
+    const patch p = share_planes(o, part, parts, by_rows(o));
     plane_row r = first_row(o, &p);
     for (int64_t i = rows_of(&p); i > 0; i--, next_row(o, &p, &r)) {
         const float *plane = in + r.c * s->a.stride[1], *first = plane + s->index[r.y] * s->a.stride[2];

@@ -55,7 +55,12 @@ static bool writable(const esp_program *p, const esp_step *s)
     for (int d = 0; d < 4; d++)
         if (__builtin_mul_overflow(count, o->size[d], &count) || count > room(p, o)) return false;
     if (!s->margins) return s->front == 0;
-    if (o->size[0] != 1 || o->stride[3] != 1 || o->stride[2] < o->size[3]) return false;
+    if (o->size[0] != 1 || o->stride[3] != 1 || o->stride[2] < o->size[3] || o->stride[1] < o->size[3]) return false;
+    if (o->size[2] > 1 && o->stride[2] > o->stride[1]) { /* row by row, with as many rows behind as before */
+        if (!multiply_add(o->size[1], o->stride[1], 0, &row) || row > o->stride[2]) return false;
+        if (!within(s->front, 0, o->offset)) return false;
+        return multiply_add(o->size[2] + s->front / o->stride[2], o->stride[2], o->offset, &end) && end <= room(p, o);
+    }
     if (!multiply_add(o->size[2] - 1, o->stride[2], o->size[3], &row) || row > o->stride[1]) return false;
     return within(s->front, 0, o->offset) && multiply_add(o->size[1], o->stride[1], o->offset, &end) &&
            end <= room(p, o);

@@ -108,18 +108,9 @@ class Emitter:
         if place.fits(0, 0) and place.operand().strides[2:] == wanted.strides[2:]:
             return place
         assert model.storage is not None
-        size = place.shape[0] * model.storage.plane
-        storage = self.use(
-            replace(
-                model.storage,
-                name=f"{value}/{len(self.storages)}",
-                channels=place.shape[0],
-                front=0,
-                vertical=0,
-                side=0,
-            )
-        )
-        assert storage.size_bytes == 4 * size
+        name = f"{value}/{len(self.storages)}"
+        channels = model.storage.channels if model.storage.by_rows else place.shape[0]
+        storage = self.use(replace(model.storage, name=name, channels=channels, front=0, vertical=0, side=0))
         copied = Place(place.shape, model.strides, 0, storage)
         self.copy(place, copied, f"{value}/like")
         return copied

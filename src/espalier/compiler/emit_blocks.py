@@ -30,18 +30,18 @@ def conv(e: Emitter, node: Node) -> None:
     if height * width == 1 and out.front() is None:
         _conv_at_one_pixel(e, node, w, matrices, out)
         return
-    stride = e.layout.storage(e.layout.home[node.outputs[0]][0]).row_stride
-    choice = choose_conv(matrices, height, width, stride)
-    b = Operand() if residual is None else e.like(residual, out).operand()
+    assert out.storage is not None
+    choice = choose_conv(matrices, height, width, width if out.storage.by_rows else out.storage.row_stride)
+    b = Operand() if residual is None else _residual(e, residual, out).operand()
     if winograd.pays(node, w, height, width, choice.work):
         winograd.winograd(e, node, w, out, e.array(bias), b)
         return
     source, index = _columns(e, node, w.shape, choice.blocks.columns)
     out_operand, in_operand = out.operand(), source.operand()
-    assert out.storage is not None and source.storage is not None
+    assert source.storage is not None
     row_in, row_out = source.storage.row_stride, out.storage.row_stride
-    along_rows = choice.blocks.height == LANES_HEIGHT
-    flat = row_in == row_out and not along_rows and _flat_pays(height, width, row_out)
+    flat = row_in == row_out and not (source.storage.by_rows or out.storage.by_rows)
+    flat = flat and choice.blocks.height != LANES_HEIGHT and _flat_pays(height, width, row_out)
     run = (height - 1) * row_out + width
     chunk = max(192, min(8192, _CHUNK_FLOATS // in_operand.sizes[1]))
     segments = (1, run, 0, 0, 0) if flat else (height, width, row_in, row_out, b.strides[2])
@@ -59,6 +59,14 @@ def conv(e: Emitter, node: Node) -> None:
             **_facts(node, choice, w),
         )
     )
+
+
+def _residual(e: Emitter, value: str, out: Place) -> Place:
+    """Where a residual is read: where it lies, or beside `out` row by row or plane by plane as that lies."""
+    place = e.places[value]
+    assert out.storage is not None
+    rows = place.space == "arena" and place.storage is not None and place.fits(0, 0)
+    return place if out.storage.by_rows and rows else e.like(value, out)
 
 
 def _flat_pays(height: int, width: int, row_stride: int, lanes: int = 16) -> bool:
@@ -120,11 +128,11 @@ def _phases(e: Emitter, node: Node, used: set[Pair]) -> Place:
     for other in e.layout.strided[name]:
         used = used | (_origins(other, e.graph) if other is not node else set())
     origins = sorted(used) or [(0, 0)]
-    base = e.layout.storage(name)
-    storage = e.use(replace(base, channels=base.channels * len(origins)))
+    channels = e.layout.roots[name].channels
+    storage = e.use(e.layout.storage(name, len(origins)))
     place = Place((storage.channels, storage.height, storage.width), (storage.plane, storage.row_stride, 1), 0, storage)
-    sizes = (len(origins), base.channels, storage.height, storage.width)
-    out = place.operand_of(sizes, (base.channels * storage.plane, storage.plane, storage.row_stride, 1))
+    sizes = (len(origins), channels, storage.height, storage.width)
+    out = place.operand_of(sizes, (channels * storage.plane, storage.plane, storage.row_stride, 1))
     a = e.places[value].operand()
     if len(e.places[value].shape) == 1:
         a = replace(a, sizes=(1, a.sizes[3], 1, 1), strides=(0, a.strides[3], 0, 0))

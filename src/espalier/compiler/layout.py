@@ -5,6 +5,9 @@ zeros wide enough for the windows that read them. The margin right of a row is t
 margin below a plane the margin above the next. Values that convolutions connect get equal row strides, so that a whole
 plane, margins and all, is one run of pixels.
 
+Or it lies row by row: the same row of all channels, then the next. Threads that share out pixels then write to memory
+that lies apart, so that no core's prefetcher takes another's lines; so do small images whose rows fill vectors.
+
 Concatenations along channels are laid out first and their parts written in place; channel slices read in place.
 """
 
@@ -31,7 +34,8 @@ _BATCH_STRIDE = 1 << 50  # of the batch dimension while views are worked out; no
 class Storage:
     """A buffer of the arena: planes with margins.
 
-    vertical, side: rows of zeros above and below, columns of zeros beside. front: floats before pixel (0, 0, 0).
+    row_stride, plane: floats from row to row and from channel to channel. vertical, side: rows of zeros above and
+    below, columns of zeros beside. front: floats before pixel (0, 0, 0). by_rows: rows of all channels lie together.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Storage:
     vertical: int = 0
     side: int = 0
     front: int = 0
+    by_rows: bool = False
 
     @property
     def margins(self) -> bool:
@@ -50,7 +55,8 @@ class Storage:
 
     @property
     def size_bytes(self) -> int:
-        return 4 * (self.front + self.channels * self.plane)
+        rows = self.height + self.vertical
+        return 4 * (self.front + (rows * self.row_stride if self.by_rows else self.channels * self.plane))
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,8 @@ class _Root:
     width: int
     vertical: int = 0
     side: int = 0
+    viewed: bool = False  # other values are parts or views of it: they are planes
+    pixels: bool = False  # a convolution reads or writes it
 
 
 @dataclass
@@ -167,13 +175,17 @@ class Layout:
     above: dict[str, str] = field(default_factory=dict)  # union-find over roots: equal row strides
     strided: dict[str, list[Node]] = field(default_factory=dict)  # root of phases -> the convs that read them
 
-    def storage(self, root: str) -> Storage:
-        """The finished storage of a root."""
+    def storage(self, root: str, times: int = 1) -> Storage:
+        """The finished storage of a root, with `times` its channels."""
         r = self.roots[root]
+        if times > 1:
+            r = replace(r, channels=r.channels * times)
         if r.height * r.width == 1 and not r.vertical and not r.side:
             return Storage(root, r.channels, 1, 1, 1, 1)
         same = [o for name, o in self.roots.items() if self._find(name) == self._find(root)]
         stride = max(o.width + o.side for o in same)
+        if _by_rows(r, stride):
+            return _in_rows(root, r)
         reach = r.vertical * stride + r.side  # what windows read before the first and after the last pixel
         plane = (r.height - 1) * stride + r.width + reach
         if plane >= _WHOLE_LINES:
@@ -199,7 +211,9 @@ class Layout:
         if root in self.roots:
             return self._planes(self.storage(root), 0, self.shapes[value])
         planned = self.storage(self.home[value][0])  # written in another order than planned
-        storage = replace(planned, name=root, channels=planes_of(self.shapes[value])[0])
+        channels = planes_of(self.shapes[value])[0]
+        stride = channels * planned.plane if planned.by_rows else planned.row_stride
+        storage = replace(planned, name=root, channels=channels, row_stride=stride)
         return self._planes(storage, 0, self.shapes[value])
 
     @staticmethod
@@ -254,7 +268,11 @@ def plan_layout(
             root, channel = parts[root][0], channel + parts[root][1]
         if root in layout.roots:
             layout.home[name] = (root, channel)
+            layout.roots[root].viewed |= root != name
     for node in nodes:
+        if not fresh.issuperset(node.outputs):
+            for root in {layout.home[n][0] for n in node.inputs if n in layout.home}:
+                layout.roots[root].viewed = True
         if node.op == "conv":
             _plan_conv(layout, node, graph)
         elif node.op in ("add", "sub", "mul", "div"):
@@ -295,6 +313,8 @@ def _plan_conv(layout: Layout, node: Node, graph: Graph) -> None:
     kernel = graph.values[str(node.inputs[1])].shape[2:]
     home = layout.home[source][0] if source in layout.home else None
     target = layout.home[out][0]
+    for root in {home, target} - {None}:
+        layout.roots[str(root)].pixels = True
     if is_depthwise(graph, node):  # reads planes of any kind, in the arena
         if home is None and f"{source}/planes" not in layout.roots:
             layout.add(f"{source}/planes", layout.shapes[source])
@@ -313,6 +333,28 @@ def _plan_conv(layout: Layout, node: Node, graph: Graph) -> None:
         layout.join(layout.home[residual][0], target)
 
 
+_ROWS_AT_MOST = 1100  # pixels of an image that lies row by row
+_WASTE = 1.06  # vectors that this may take more than planes
+
+
+def _by_rows(r: _Root, row_stride: int) -> bool:
+    """Whether an image lies row by row: where its rows take about as few vectors as a run over the plane."""
+    if r.viewed or not r.pixels or r.channels == 1 or r.height == 1 or r.height * r.width > _ROWS_AT_MOST:
+        return False
+    run = (r.height - 1) * row_stride + r.width
+    return r.height * -(-r.width // 16) <= _WASTE * -(-run // 16)
+
+
+def _in_rows(name: str, r: _Root) -> Storage:
+    """Rows begin with a cache line where that takes little more memory."""
+    pitch = r.width + r.side
+    whole = -(-pitch // 16) * 16
+    pitch = whole if whole <= 1.15 * pitch else pitch
+    stride = r.channels * pitch
+    front = -(-(r.vertical * stride + r.side) // 16) * 16
+    return Storage(name, r.channels, r.height, r.width, stride, pitch, r.vertical, r.side, front, True)
+
+
 def phases_of(node: Node) -> str:
     """The root of the phases that a strided conv reads. Convs of one value with one stride share them."""
     stride, _, _ = window(node)
@@ -327,7 +369,7 @@ def _plan_phases(layout: Layout, node: Node, target: str, kernel: Sequence[int])
     height, width = (o + (k - 1) * d // s for o, k, d, s in zip(out, kernel, dilation, stride))
     name = phases_of(node)
     if name not in layout.roots:
-        layout.roots[name] = _Root(channels, height, width)
+        layout.roots[name] = _Root(channels, height, width, pixels=True)
         layout.above[name] = name
     root = layout.roots[name]
     root.height, root.width = max(root.height, height), max(root.width, width)
