@@ -40,7 +40,9 @@ def compress_command(
     latency_ms: float | None = None,
     size_mb: float | None = None,
     macs: float | None = None,
-    scheme: str = "filter+column",
+    nonzero: float | None = None,
+    allocation: Literal["rule", "sensitivity", "method"] | None = None,
+    scheme: str | None = None,
     method: str = "admm",
     scheme_options: dict[str, Any] | None = None,
     method_options: dict[str, Any] | None = None,
@@ -72,7 +74,10 @@ def compress_command(
         latency_ms: or milliseconds of one sample, at most
         size_mb: or 10^6 bytes of stored weights, at most
         macs: or useful multiply-accumulates, at most; below 1 a share of the dense ones
-        scheme: what may die together; several joined by +
+        nonzero: or how many conv and linear weights are kept
+        allocation: how density or nonzero are split over the layers; default: rule
+        scheme: what may die together; several joined by +; default: filter+column. Given, size_mb or macs is split
+            over the layers by sensitivity, all in this scheme
         method: how the weights get there
         scheme_options: such as {"m": 4, "n": 4}
         method_options: such as {"every": 3}

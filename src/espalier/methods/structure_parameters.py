@@ -20,6 +20,7 @@ from espalier.methods.targets import Lane, Target, freeze, judged
 from espalier.sparsity import Frozen
 
 KINDS = ("weight_decay", "l1", "fixed")
+ZERO = 1e-12  # a layer whose mean square is not above it has no unit of its own
 LEAST = 1e-3  # of |a| while a group lives: W is the weight over a
 
 
@@ -64,7 +65,8 @@ class StructureParameters(Method):
             w = target.weight.detach().float()
             for lane in _pruning(target):
                 squares = lane.mean(w.square())
-                scale = squares.mean().clamp_min(1e-30)
+                scale = squares.mean()
+                scale = torch.where(scale > ZERO, scale, 1 / w[0].numel())  # an all-zero layer: as if just begun
                 state[lane.key("scale")], state[lane.key("a")] = scale, (squares / scale).sqrt().clamp_min(LEAST)
                 state[lane.key("alive")] = torch.ones_like(squares, dtype=torch.bool)
             factor = _product(torch.ones_like(w), [lane.spread(state[lane.key("a")]) for lane in _pruning(target)])
