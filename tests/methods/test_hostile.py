@@ -78,7 +78,7 @@ def check(model: nn.Module, run: Run) -> None:
         assert not mask.all(), f"{target.site}: nothing was pruned"
 
 
-@pytest.mark.parametrize("name", ["column", "filter+column", "weight", "micro_block+unify"])
+@pytest.mark.parametrize("name", ["filter+column", "micro_block+unify"])
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_odd_networks(method: str, network: str, name: str) -> None:
