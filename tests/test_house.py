@@ -24,6 +24,7 @@ ROOMS = [
     "report",
     "workspace",
     "planning",
+    "densities",
     "phases",
     "compress",
     "cli_mapping",

@@ -11,7 +11,7 @@ from espalier.compress import Result, compress
 from espalier.errors import EspalierError
 from espalier.graph import Graph, capture, shrink
 from espalier.mapping import Targets, explain, latency_model, plan, propose, scored, uniform
-from espalier.methods import METHODS, Run, purify, start
+from espalier.methods import METHODS, Run, allocate, purify, start
 from espalier.report import size
 from espalier.runtime import Executable, bench, compile, machine
 from espalier.sparsity import CATALOG, Plan, Scheme, scheme
@@ -30,6 +30,7 @@ __all__ = [
     "Run",
     "Scheme",
     "Targets",
+    "allocate",
     "bench",
     "capture",
     "compile",

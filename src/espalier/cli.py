@@ -50,7 +50,9 @@ def compress_command(
     latency_ms: float | None = None,
     size_mb: float | None = None,
     macs: float | None = None,
-    scheme: str = "filter+column",
+    nonzero: float | None = None,
+    allocation: Literal["rule", "sensitivity", "method"] | None = None,
+    scheme: str | None = None,
     method: str = "admm",
     scheme_options: dict[str, Any] | None = None,
     method_options: dict[str, Any] | None = None,
@@ -82,8 +84,11 @@ def compress_command(
         latency_ms: or milliseconds of one sample, at most
         size_mb: or 10^6 bytes of stored weights, at most
         macs: or useful multiply-accumulates, at most; below 1 a share of the dense ones
+        nonzero: or how many conv and linear weights are kept
+        allocation: how density or nonzero are split over the layers; default: rule
         scheme: what may die together: filter, column, channel, shape, layer, block_punched, block_column, block_row,
-            kernel, pattern, n_m, micro_block, weight or unify; several joined by +
+            kernel, pattern, n_m, micro_block, weight or unify; several joined by +; default: filter+column. Given,
+            size_mb or macs is split over the layers by sensitivity, all in this scheme
         method: how the weights get there: admm, magnitude, primal_proximal, reweighted, selective_decay or
             structure_parameters
         scheme_options: such as {"m": 4, "n": 4}

@@ -12,12 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from espalier.densities import Split, split_of
 from espalier.errors import TrainingError
 from espalier.graph import capture, shrink
-from espalier.mapping import Targets, uniform
+from espalier.mapping import Targets
 from espalier.methods import Method, get
 from espalier.phases import Job, Outcome
-from espalier.planning import TargetRow, one_way, planned, print_targets, target_rows
+from espalier.planning import TargetRow, planned, print_targets, target_rows
 from espalier.report import achieved, latencies, print_summary, size, sizes
 from espalier.runtime import machine
 from espalier.sparsity import Plan
@@ -63,7 +64,9 @@ def compress(
     latency_ms: float | None = None,
     size_mb: float | None = None,
     macs: float | None = None,
-    scheme: str = "filter+column",
+    nonzero: float | None = None,
+    allocation: Literal["rule", "sensitivity", "method"] | None = None,
+    scheme: str | None = None,
     method: str | Method = "admm",
     scheme_options: dict[str, Any] | None = None,
     method_options: dict[str, Any] | None = None,
@@ -88,10 +91,15 @@ def compress(
     model: a module, a name of the zoo, or ``package.module:factory``.
     data: a `Data`, or a name such as ``digits``, ``mnist``, ``cifar10``, ``folder:PATH``; `data_root` is its folder.
     out: the folder for model.esp, plan.toml, report.json and what a resumed run needs.
-    density or plan: the kept share of weights (the `scheme` is then mapped by rule), or a plan or plan file.
+    density, nonzero or plan: the kept share of weights, or how many are kept, all in `scheme` ("filter+column" by
+        default); or a plan or plan file.
     speedup, latency_ms, size_mb, macs: or targets, one or several: times faster than the dense network on this engine;
         milliseconds of one sample; 10^6 bytes of weights; multiply-accumulates (below 1: a share). Once the dense
-        network is trained, mapping by rule (`es.propose`) chooses scheme, block and density for every layer.
+        network is trained, mapping by rule (`es.propose`) chooses scheme, block and density for every layer; with
+        `scheme` given, one of size_mb and macs is split over the layers by sensitivity, all in that scheme.
+    allocation: how density or nonzero are split over the layers (`densities.WAYS`): by "rule" (the default), by
+        "sensitivity", or by the "method" (primal_proximal, reweighted, structure_parameters). With nothing asked for,
+        such a method finds what it can, by its own threshold.
     method: how the weights are brought into the plan: a name of METHODS or a method.
     scheme_options, method_options: keyword options of both, where they are given by name.
     max_drop: points of accuracy that may be lost, read on held-out images of the training set with their standard error
@@ -117,7 +125,6 @@ def compress(
         recipe = dataclasses.replace(recipe, precision=precision)
     processes = Processes(devices, num_nodes, strategy, accelerator)
     targets = Targets(speedup, latency_ms, size_mb, macs, max_drop)
-    one_way(density, plan, targets)
     for name, count, least in (("epochs", epochs, 0), ("dense_epochs", dense_epochs, 0), ("threads", threads, 1)):
         if count is not None and count < least:
             raise TrainingError(f"{name} is {count}, expected {least} or more")
@@ -126,6 +133,8 @@ def compress(
         "data": data if isinstance(data, str) else data.name,
         "density": density,
         "targets": {k: v for k, v in targets.told().items() if k != "max_drop"},
+        "nonzero": nonzero,
+        "allocation": allocation,
         "plan": plan.to_toml() if isinstance(plan, Plan) else plan and Plan.load(plan).to_toml(),
         "scheme": scheme,
         "method": method if isinstance(method, str) else repr(method),
@@ -138,10 +147,20 @@ def compress(
         "recipe": dataclasses.asdict(recipe),
         "seed": seed,
     }
+    chosen = get(method, **(method_options or {})) if isinstance(method, str) else method
+    split = split_of(
+        targets,
+        density=density,
+        nonzero=nonzero,
+        plan=plan,
+        scheme=scheme,
+        options=scheme_options,
+        allocation=allocation,
+        method=chosen,
+    )
     seed_everything(seed)
     loaded = load_data(data, data_root) if isinstance(data, str) else data
     network = build(model, classes=loaded.classes) if isinstance(model, str) else copy.deepcopy(model)
-    chosen = get(method, **(method_options or {})) if isinstance(method, str) else method
     if weights is not None:
         load_weights(network, weights)
     example = torch.zeros(1, *loaded.shape)
@@ -149,8 +168,8 @@ def compress(
     if isinstance(plan, (str, Path)):
         plan = Plan.load(plan)
     mapped = plan if isinstance(plan, Plan) else None
-    if density is not None:
-        mapped = uniform(graph, density, scheme, **(scheme_options or {}))
+    if split is not None:
+        mapped, chosen, density = split.plan(graph), split.method(graph, chosen), split.density(graph)
     if mapped is not None:
         mapped.resolve(graph.sites())
     work = Workspace(out, settings, resume, launch(processes) if processes.world > 1 else None)
@@ -159,18 +178,22 @@ def compress(
     first = mapped or Plan(())
     job = Job(network, loaded, first, chosen, example, work, recipe, seed, epochs, dense_epochs, max_drop, processes)
     known: dict[str, Any] | None = None
+    predicted: float | None = None
     if mapped is None:
         job.dense()
-        mapped, known = planned(work, network, loaded, targets, threads=threads or torch.get_num_threads())
+        if split is not None:
+            mapped, predicted = split.measured(work, network, loaded)
+        else:
+            mapped, known = planned(work, network, loaded, targets, threads=threads or torch.get_num_threads())
         job = dataclasses.replace(job, plan=mapped)
     work.write_text("plan.toml", mapped.to_toml())
     outcome = job.run()
     small = shrink(network.eval(), example).eval()
-    report = work.team.first(lambda: _measured(job, outcome, small, density, known, threads))
+    report = work.team.first(lambda: _measured(job, outcome, small, density, known, threads, split, predicted))
     work.write_text("report.json", json.dumps(report, indent=1))
     if work.team.leads:
         print_summary(report, work.path)
-        if known is not None:
+        if "targets" in report:
             print_targets([TargetRow(**row) for row in report["targets"]["rows"]])
     return Result(small, report, work.path)
 
@@ -182,6 +205,8 @@ def _measured(
     density: float | None,
     known: dict[str, Any] | None,
     threads: int | None,
+    split: Split | None,
+    predicted: float | None,
 ) -> dict[str, Any]:
     """Compile, save and measure: the report. The first process alone does it."""
     original = outcome.original
@@ -206,6 +231,9 @@ def _measured(
     if known is not None:
         rows = target_rows(known, report)
         report["targets"] = {**known, "rows": [dataclasses.asdict(row) for row in rows]}
+    if split is not None and (split.target, split.way) != ("density", "rule"):  # which the summary tells
+        row = dataclasses.asdict(split.row(report, predicted))
+        report["targets"] = {"split": dataclasses.asdict(split), "rows": [row]}
     return report
 
 

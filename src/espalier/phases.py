@@ -180,6 +180,7 @@ class _Way:
             "purify": pure["report"],
             "recalibrated": {"shape": shaped["recalibrated"], "purify": pure["recalibrated"]},
             "extra_epochs": early + late,
+            "densities": [asdict(row) for row in self.run.densities()],
             "purification_undone": undone,
         }
         return Outcome(self.original, Drop(*final["drop"]), facts)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from espalier.errors import DataError, PlanError, TrainingError
+from espalier.errors import DataError, TrainingError
 from espalier.mapping import Proposal, Sensitivity, Targets, propose
 from espalier.methods import get, start
 from espalier.sparsity import Plan
@@ -224,16 +224,6 @@ def print_proposal(found: Proposal, console: Console | None = None) -> None:
     for row in found.rows():
         table.add_row(*row)
     (console or Console()).print(table)
-
-
-def one_way(density: float | None, plan: object, targets: Targets) -> None:
-    """Raises PlanError unless exactly one of density, plan and targets (but for max_drop) says what to make."""
-    asked = [name for name in targets.told() if name != "max_drop"]
-    if (density is not None) + (plan is not None) + bool(asked) != 1:
-        raise PlanError(
-            "say either density (--density 0.1), plan (--plan FILE) or targets (--speedup 3, --latency-ms, --size-mb, "
-            "--macs; together if you like)"
-        )
 
 
 def _number(value: float | None) -> str:

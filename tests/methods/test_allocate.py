@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from espalier.errors import PlanError, UnknownNameError
+from espalier.errors import MethodError, PlanError, UnknownNameError
 from espalier.graph import capture, shrink
-from espalier.methods import allocate, start
+from espalier.methods import allocate, open_plan, start
 from espalier.report import size
 from espalier.sparsity import scheme, size_bytes
 from espalier.train import build
@@ -45,6 +45,27 @@ def test_size_model_counts_flags_signs_and_magnitudes() -> None:
     both = scheme("micro_block+unify", 0.5, **{"micro_block.c": 4, "unify.c": 4, "unify.free": 0.0})
     assert size_bytes(site, both) == (8 * 32 + 32 + 16 + 16) / 8
     assert size_bytes(site, scheme("n_m")) == (32 * 32 + 16 * math.log2(6)) / 8
+
+
+@pytest.mark.parametrize(
+    "name,options,error",
+    [
+        ("weight+unify", {"r": 2, "c": 4, "free": 0.0}, 0.05),
+        ("filter+unify", {"r": 4, "c": 4, "free": 0.0}, 0.1),
+        ("pattern+kernel+unify", {"r": 1, "c": 8, "free": 0.0}, 0.3),  # patterns are no chance: all hold the centre
+    ],
+)
+def test_living_blocks_are_counted_as_chance_leaves_them(name: str, options: dict, error: float) -> None:
+    """The model's magnitudes against those of random weights, where pruning and blocks do not match."""
+    torch.manual_seed(0)
+    site = capture(nn.Conv2d(32, 64, 3), torch.zeros(1, 32, 8, 8)).sites()["weight"]
+    chosen = scheme(name, 0.2, **options)
+    shared = chosen.project(torch.randn(64, 32, 3, 3))
+    assert float((shared != 0).float().mean()) == pytest.approx(0.2, abs=0.01)
+    flags = sum(len(rule.structure.group_sizes(torch.Size(site.shape))) for rule in chosen.rules)
+    patterns = 0.45 * 64 * 32 * (3 - 1) if "pattern" in name else 0  # bits: not flags, but an index
+    magnitudes = (8 * size_bytes(site, chosen) - flags - patterns - 0.2 * site.weights) / 32
+    assert magnitudes == pytest.approx(len(shared[shared != 0].abs().unique()), rel=error)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +113,100 @@ def test_coupled_filters_go_together_so_that_channels_go() -> None:
     assert size(capture(small, example)).weights < 0.6 * size(graph).weights
 
 
+def unified(target: float, **options: float) -> tuple[dict[str, tuple | None], float]:
+    """Each site's density and its unified blocks under a size target; two of the layers hold equal magnitudes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    with torch.no_grad():
+        for k, block in ((0, (2, 4)), (2, (1, 8))):  # single outliers, and blocks of one magnitude each
+            rows, columns = model[k].weight.shape
+            tied = torch.rand(rows // block[0], columns // block[1]).repeat_interleave(block[0], 0)
+            model[k].weight.mul_(0).add_(tied.repeat_interleave(block[1], 1) * torch.randn(rows, columns).sign())
+    x = torch.randn(128, 32)
+    made = allocate(capture(model, x[:1]), change(model, x), target, "micro_block+unify", "bytes", **options)
+    assert made.predicted <= made.requested
+    run = start(model, made.plan, "magnitude", x[:1])
+    run.finish()
+    sites = run.graph.sites()
+    held = {t.site: t.scheme for t in run.targets}
+    assert sum(size_bytes(sites[s], held.get(s)) for s in sites) == pytest.approx(made.predicted)
+    blocks = {
+        e.match: e.scheme and tuple(e.scheme.options.get(f"unify.{key}") for key in ("r", "c", "free"))
+        for e in made.plan.entries
+    }
+    return blocks, made.predicted
+
+
+def test_a_size_target_chooses_blocks_and_shares_of_unification() -> None:
+    blocks, _ = unified(0.3)
+    assert blocks["0.weight"] == (2, 4, 0.0) and blocks["2.weight"] == (1, 8, 0.0)  # what the layers hold
+    assert unified(0.95)[0]["4.weight"] in (None, (None, None, None))  # nothing is unified that need not be
+    with pytest.raises(PlanError, match="cannot be reached"):
+        unified(0.001)
+
+
+def test_blocks_given_by_hand_are_kept() -> None:
+    blocks, _ = unified(0.3, **{"unify.r": 1, "unify.c": 4, "unify.free": 0.25})
+    assert set(blocks.values()) == {(1, 4, 0.25)}
+
+
+def test_patterns_are_judged_as_the_patterns_they_are() -> None:
+    """Between dense and the density of the patterns there is nothing: no layer gets them as if they cost nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten())
+    example = torch.randn(4, 3, 8, 8)
+    made = allocate(capture(model, example), change(model, example), 0.95, "pattern+kernel")
+    kept = sorted(1.0 if e.scheme is None else e.scheme.density for e in made.plan.entries)
+    assert kept == [pytest.approx(4 / 9), 1.0]  # one of both suffices
+    assert [d for d, _ in made.sensitivity["0.weight"]][:2] == [1.0, pytest.approx(4 / 9)]
+
+
+class Odd(nn.Module):
+    """A depthwise conv, and a weight that is no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.deep = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8)
+        self.register_buffer("fixed", torch.randn(8, 8, 1, 1))
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.conv2d(self.deep(self.first(x)), self.fixed).mean((2, 3)))
+
+
+def test_an_open_plan_leaves_alone_what_cannot_be_pruned() -> None:
+    graph = capture(Odd(), EXAMPLE)
+    schemes = {e.match: e.scheme and (e.scheme.name, e.scheme.density) for e in open_plan(graph).entries}
+    both, column = ("filter+column", 1.0), ("column", 1.0)
+    assert schemes == {"first.weight": both, "deep.weight": None, "fixed": None, "fc.weight": column}
+    assert allocate(graph, lambda: 0.0, 0.9).plan.resolve(graph.sites())  # nor does allocation touch them
+    with pytest.raises(PlanError, match="no layer"):
+        open_plan(capture(nn.Linear(4, 4), torch.zeros(1, 4)), "pattern")
+    with pytest.raises(UnknownNameError, match="did you mean"):
+        open_plan(graph, "colum")
+
+
+def test_a_network_that_makes_no_numbers_is_told_and_one_that_breaks_on_the_way_is_no_reason_to_stop() -> None:
+    torch.manual_seed(0)
+    model = Residual()
+    graph, x = capture(model, EXAMPLE), torch.randn(8, 3, 8, 8)
+    with pytest.raises(MethodError, match="loss is nan"):
+        allocate(graph, lambda: float("nan"), 0.5)
+    fine = change(model, x)
+
+    def breaks() -> float:
+        return math.inf if not model.stem.weight.flatten(1).any(1).all() else fine()
+
+    made = allocate(graph, breaks, 0.6, "filter")
+    kept = {e.match: 1.0 if e.scheme is None else e.scheme.density for e in made.plan.entries}
+    assert kept["stem.weight"] == 1.0 and made.predicted <= 0.6
+
+
 def test_what_cannot_be_is_said() -> None:
     graph = capture(Residual(), EXAMPLE)
+    for wrong in (0.0, -1.0, math.nan):
+        with pytest.raises(PlanError, match="above 0"):
+            allocate(graph, lambda: 0.0, wrong)
     with pytest.raises(PlanError, match="cannot be reached"):
         allocate(graph, lambda: 0.0, 0.001)
     with pytest.raises(UnknownNameError, match="Known"):

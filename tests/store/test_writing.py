@@ -176,6 +176,26 @@ def test_positions_of_structure_cost_little(scheme: str) -> None:
     assert spent < {"punched": 0.09, "filter": 0.02, "unstructured": 1.02}[scheme] * entropy + 40
 
 
+@pytest.mark.parametrize("r,c,free", [(1, 4, 0.0), (2, 4, 0.0), (4, 1, 0.5), (1, 8, 0.5)])
+def test_tied_blocks_cost_a_magnitude_and_signs(r: int, c: int, free: float) -> None:
+    """Half of all blocks are pruned. Four bytes a magnitude, a bit a sign, and a few bits a block."""
+    rng, (rows, columns) = np.random.default_rng(0), (64, 576)
+    blocks, tied = rng.standard_normal((rows // r, columns // c)), rng.random((rows // r, columns // c)) >= free
+    alive = rng.random(tied.shape) < 0.5
+
+    def spread(block: np.ndarray) -> np.ndarray:
+        return np.repeat(np.repeat(block, r, 0), c, 1)
+
+    loose = rng.standard_normal((rows, columns))
+    weight = np.where(spread(tied), np.abs(spread(blocks)) * np.sign(loose), loose) * spread(alive)
+    words = weight.astype(np.float32).ravel().view("<u4")
+    coding, data = encode(words)
+    magnitudes = (tied & alive).sum() + (~tied & alive).sum() * r * c
+    assert coding == "tied" and np.array_equal(CODINGS[coding].decode(data, words.dtype, words.size), words)
+    assert len(data) < 1.05 * (4 * magnitudes + spread(alive).sum() / 8) + 6 * tied.size / 8
+    assert len(data) < 0.96 * min(len(CODINGS[name].encode(words)) for name in ("sparse", "gaps"))
+
+
 def test_zeros_with_a_sign_cost_a_bit_each() -> None:
     rng = np.random.default_rng(0)
     weight, mask = rng.standard_normal(50_000).astype(np.float32), rng.random(50_000) < 0.1

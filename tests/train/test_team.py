@@ -13,7 +13,7 @@ import torch
 from espalier.errors import DataError, TrainingError
 from espalier.methods import METHODS
 from espalier.train import Processes, Recipe, Team, fit, launch
-from tests.train.together import data, network, together
+from tests.train.together import data, every_method, network, together
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -37,6 +37,9 @@ def test_two_processes_are_one(strategy: str, one: dict[str, Any], tmp_path: Pat
     """Weights of five rows: FSDP deals them out as three and two."""
     results = two(tmp_path, strategy)
     check_methods_alike(*(result["methods"] for result in results))
+    for name, alone in every_method("auto", 1).items():
+        for site, mask in alone["masks"].items():
+            assert torch.equal(results[0]["methods"][name]["masks"][site], mask), f"{name}: {site} is not one process's"
     first, second = (result["whole"] for result in results)
     for site, mask in one["masks"].items():
         assert torch.equal(first["masks"][site], mask), site

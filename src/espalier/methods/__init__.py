@@ -1,7 +1,7 @@
 """How training gets there: the run protocol, one file per method, allocation, purification."""
 
 from espalier.methods.admm import ADMM
-from espalier.methods.allocate import Allocation, allocate
+from espalier.methods.allocate import Allocation, allocate, open_plan
 from espalier.methods.base import Density, Method, Run
 from espalier.methods.magnitude import Magnitude
 from espalier.methods.primal_proximal import PrimalProximal
@@ -26,6 +26,7 @@ __all__ = [
     "StructureParameters",
     "allocate",
     "get",
+    "open_plan",
     "purify",
     "remove_unused",
     "start",

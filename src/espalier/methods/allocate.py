@@ -1,35 +1,39 @@
 """Allocation: one target for the whole network, split over its layers by a quick sensitivity.
 
-min sum_d sensitivity_d(density_d)   subject to   sum_d cost_d(density_d) <= target
+min sum_d sensitivity_d(choice_d)   subject to   sum_d cost_d(choice_d) <= target
 
 A decision d is a site, or all sites whose filters are coupled (by residual adds): they get one density, so that whole
-channels go.
+channels go. A choice is a density, and under a size target also the shape and the share of unified blocks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from espalier.errors import PlanError, UnknownNameError
+from espalier.errors import MethodError, PlanError, UnknownNameError
 from espalier.graph import Graph, couplings
 from espalier.graph.ir import Site
-from espalier.methods.targets import cuttable, freeze, targets
-from espalier.sparsity import Entry, Plan, Scheme, ceiling, scheme, size_bytes, unfit
+from espalier.methods.targets import freeze, targets
+from espalier.methods.templates import Template, templates
+from espalier.sparsity import Entry, Plan, Scheme, size_bytes, unfit
 
 DENSITIES = (0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.06, 0.03)
 LEVELS = 96  # between density 1 and the lowest that was measured
-COSTS: dict[str, Callable[[Site, Scheme | None, float], float]] = {
-    "density": lambda site, chosen, density: density * site.weights,
-    "weights": lambda site, chosen, density: density * site.weights,
-    "macs": lambda site, chosen, density: density * site.macs,
-    "bytes": lambda site, chosen, density: size_bytes(site, chosen),
+BLOCKS = ((1, 4), (1, 8), (2, 4), (4, 4))  # rows x columns of unified blocks that are tried
+LEFT_ALONE = (0.5, 0.0)  # the shares of them that are tried
+HOPELESS = 1e6  # the added loss of a network whose loss is not finite any more
+COSTS: dict[str, Callable[[Site, Scheme | None], float]] = {
+    "density": lambda site, chosen: site.weights * _kept(chosen),
+    "weights": lambda site, chosen: site.weights * _kept(chosen),
+    "macs": lambda site, chosen: site.macs * _kept(chosen),
+    "bytes": size_bytes,
 }
 
 
@@ -64,62 +68,136 @@ def allocate(
     share of the dense network. Layers that cannot take the scheme and depthwise convs stay dense; those that make the
     network's outputs lose no filters.
 
-    The knapsack is solved by a Lagrange multiplier over `LEVELS` densities, between which the measured losses are
-    interpolated in log density. Our reading: added losses of layers add up; and a curve never gets flatter downwards
-    in log density, since a loss that levels off says that the layer is broken, not that it is cheap.
+    With kind "bytes" and "unify" in the scheme, every layer also gets the shape of its unified blocks out of `BLOCKS`
+    and the share of them left alone out of `LEFT_ALONE`, or none of them, unless options say which.
 
-    Raises PlanError when the target cannot be reached, with what can; UnknownNameError for a kind or scheme.
+    The knapsack is solved by a Lagrange multiplier over `LEVELS` densities, between which the measured losses are
+    interpolated in log density. Our reading: added losses of layers add up, as do those of pruning and unifying one;
+    and a curve never gets flatter downwards in log density, since a loss that levels off says that the layer is
+    broken, not that it is cheap.
+
+    Raises PlanError when the target cannot be reached, with what can; UnknownNameError for a kind or scheme;
+    MethodError where the network's loss is not finite.
 
     >>> made = allocate(capture(model, x), lambda: held_out_loss(model), 0.3, "block_punched", m=8, n=4)
     >>> run = start(model, made.plan, "admm", x, steps=1000)
     """
     if kind not in COSTS:
         raise UnknownNameError("kind of target", kind, COSTS)
-    sites, may = graph.sites(), cuttable(graph)
-    names = {site: name if site in may else _without_filters(name) for site in sites}
-    fits = {s: _fitted(names[s], facts, options) for s, facts in sites.items()}
-    decisions = _decisions(graph, [s for s in sites if fits[s]])
-    dense_cost = sum(COSTS[kind](facts, None, 1.0) for facts in sites.values())
-    wanted = target * dense_cost if kind == "density" or target <= 1 else target
+    if not (math.isfinite(target) and target > 0):
+        raise PlanError(f"the target of {kind} is {target}, expected a number above 0")
+    sites, fitting = graph.sites(), templates(graph, name, options)
+    dense = {site: COSTS[kind](facts, None) for site, facts in sites.items()}
+    total = sum(dense.values())
+    wanted = target * total if kind == "density" or target <= 1 else target
     base = loss()
-    curves, levels = {}, {}
-    for members in decisions:
-        at = lambda density, members=members: {s: _scheme(names[s], density, options) for s in members}  # noqa: E731
-        measured = [(d, _tried(graph, at(d), loss) - base) for d in sorted(densities, reverse=True)]
-        points = _convex(measured)
+    if not math.isfinite(base):
+        raise MethodError(f"the network's held-out loss is {base}: nothing can be measured on it. Train it first")
+
+    def added(schemes: Mapping[str, Scheme | None]) -> float:
+        found = _tried(graph, {s: made for s, made in schemes.items() if made is not None}, loss) - base
+        return found if math.isfinite(found) else HOPELESS
+
+    curves, choices = {}, []
+    for members in _decisions(graph, list(fitting)):
+        here = {s: fitting[s] for s in members}
+        pruned = {s: found.without("unify") for s, found in here.items()}
+        ladder = _ladder(list(pruned.values()), densities)
+        points = _convex([(d, added(_at(pruned, d))) for d in ladder.measured])
         curves[members[0]] = tuple(points)
-        levels[members] = [
-            (d, _between(points, d), sum(_cost(kind, sites[s], names[s], d, options) for s in members))
-            for d in (min(densities) ** (k / (LEVELS - 1)) for k in range(LEVELS))
-        ]
-    fixed = sum(COSTS[kind](sites[s], None, 1.0) for s in sites if not fits[s])
-    chosen = _knapsack(levels, wanted - fixed, kind, dense_cost, fixed)
-    entries, predicted = [], fixed
-    for members, (density, _, cost) in chosen.items():
-        entries += [Entry(s, _scheme(names[s], density, options) if density < 1 else None) for s in members]
-        predicted += cost
-    entries += [Entry(s, None) for s in sites if not fits[s]]
-    order = {site: k for k, site in enumerate(sites)}
-    plan = Plan(tuple(sorted(entries, key=lambda entry: order[entry.match])))
-    unit = dense_cost if kind == "density" else 1.0
+        choices.append(
+            [
+                _Choice(_between(points, d) + more, sum(COSTS[kind](sites[s], made[s]) for s in members), made)
+                for variant, more in _variants(here, sites, kind, added)
+                for d in ladder.levels
+                if (made := _at(variant, d))
+            ]
+        )
+    fixed = sum(cost for s, cost in dense.items() if s not in fitting)
+    chosen = _knapsack(choices, wanted - fixed, kind, total, fixed)
+    entries = {s: made for choice in chosen for s, made in choice.schemes.items()}
+    plan = Plan(tuple(Entry(s, entries.get(s)) for s in sites))
+    unit = total if kind == "density" else 1.0
+    predicted = fixed + sum(choice.cost for choice in chosen)
     return Allocation(plan, kind, wanted / unit, predicted / unit, curves)
 
 
-Level = tuple[float, float, float]  # density, added loss, cost
+def open_plan(graph: Graph, name: str = "filter+column", **options: Any) -> Plan:
+    """Scheme `name` without a density wherever it fits: for methods that find the densities themselves.
+
+    As in `allocate` depthwise convs stay dense, and the layers that make the network's outputs lose no filters.
+
+    >>> run = start(model, open_plan(capture(model, x), "column"), "primal_proximal", x, steps=1000)
+    """
+    fitting = templates(graph, name, options)
+    if not fitting:
+        raise PlanError(f"no layer of the network can take {name}: choose another scheme")
+    return Plan(tuple(Entry(s, fitting[s].at(None) if s in fitting else None) for s in graph.sites()))
+
+
+def _at(here: Mapping[str, Template], density: float) -> dict[str, Scheme | None]:
+    return {s: found.at(density) for s, found in here.items()}
+
+
+@dataclass(frozen=True)
+class _Ladder:
+    """The densities to measure, and those to choose among, from dense downwards."""
+
+    measured: Sequence[float]
+    levels: Sequence[float]
+
+
+def _ladder(here: Sequence[Template], densities: Sequence[float]) -> _Ladder:
+    top, loose = min(found.top for found in here), any(found.loose for found in here)
+    below = sorted((d for d in densities if d < top), reverse=True) if loose else []
+    if not below:
+        return _Ladder([top], [1.0, top]) if top < 1 else _Ladder([], [1.0])
+    levels = [top * (below[-1] / top) ** (k / (LEVELS - 1)) for k in range(LEVELS)]
+    return _Ladder([top, *below], [1.0, *levels]) if top < 1 else _Ladder(below, levels)
+
+
+def _variants(
+    here: Mapping[str, Template],
+    sites: Mapping[str, Site],
+    kind: str,
+    added: Callable[[Mapping[str, Scheme | None]], float],
+) -> Iterator[tuple[Mapping[str, Template], float]]:
+    """The sites of a decision without unified blocks and with them, and what these add to the loss."""
+    if not any("unify" in found.name.split("+") for found in here.values()):
+        yield here, 0.0
+        return
+    tried = [here]
+    by_hand = any(option in ("r", "c", "free") or "unify." in option for t in here.values() for option in t.options)
+    if kind == "bytes" and not by_hand:
+        yield {s: found.without("unify") for s, found in here.items()}, 0.0
+        tried = [{s: t.tied(block, free) for s, t in here.items()} for block, free in product(BLOCKS, LEFT_ALONE)]
+    for variant in tried:
+        schemes = _at(variant, 1.0)
+        if all(made is not None and unfit(made, sites[s]) is None for s, made in schemes.items()):
+            yield variant, max(0.0, added(schemes))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What a decision may come to: the loss that it adds, its cost, and the scheme of every site."""
+
+    loss: float
+    cost: float
+    schemes: Mapping[str, Scheme | None]
 
 
 def _knapsack(
-    levels: dict[tuple[str, ...], list[Level]], budget: float, kind: str, dense: float, fixed: float
-) -> dict[tuple[str, ...], Level]:
-    """The level of each decision with the least ``added loss + multiplier * cost`` that keeps within the budget."""
+    choices: Sequence[Sequence[_Choice]], budget: float, kind: str, dense: float, fixed: float
+) -> list[_Choice]:
+    """For each decision the choice with the least ``added loss + multiplier * cost`` that keeps within the budget."""
 
-    def best(multiplier: float) -> dict[tuple[str, ...], Level]:
-        return {d: min(rows, key=lambda row: row[1] + multiplier * row[2] / dense) for d, rows in levels.items()}
+    def best(multiplier: float) -> list[_Choice]:
+        return [min(rows, key=lambda row: row.loss + multiplier * row.cost / dense) for rows in choices]
 
-    def cost(made: dict[tuple[str, ...], Level]) -> float:
-        return sum(row[2] for row in made.values())
+    def cost(made: Sequence[_Choice]) -> float:
+        return sum(row.cost for row in made)
 
-    least = {d: min(rows, key=lambda row: row[2]) for d, rows in levels.items()}
+    least = [min(rows, key=lambda row: row.cost) for rows in choices]
     if cost(least) > budget:
         reachable = (cost(least) + fixed) / (dense if kind == "density" else 1.0)
         raise PlanError(f"a target of {kind} below {reachable:.4g} cannot be reached with this scheme: ask for more")
@@ -168,19 +246,8 @@ def _decisions(graph: Graph, sites: list[str]) -> list[tuple[str, ...]]:
     return [tuple(part) for part in parts if part]
 
 
-def _fitted(name: str, site: Site, options: dict[str, Any]) -> bool:
-    return not site.depthwise and unfit(_scheme(name, 0.1, options), site) is None
-
-
-def _scheme(name: str, density: float, options: dict[str, Any]) -> Scheme:
-    open_ended = scheme(name, **options)
-    fixed = all(rule.free == 0 or rule.snap.ties for rule in open_ended.rules)
-    return open_ended if fixed else scheme(name, min(density, ceiling(open_ended)), **options)
-
-
-def _cost(kind: str, site: Site, name: str, density: float, options: dict[str, Any]) -> float:
-    chosen = None if density >= 1 else _scheme(name, density, options)
-    return COSTS[kind](site, chosen, 1.0 if chosen is None else chosen.density)
+def _kept(chosen: Scheme | None) -> float:
+    return 1.0 if chosen is None else chosen.density
 
 
 def _convex(measured: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -200,7 +267,3 @@ def _between(points: Sequence[tuple[float, float]], density: float) -> float:
             share = (math.log(d1) - math.log(density)) / (math.log(d1) - math.log(d2))
             return l1 + (l2 - l1) * min(1.0, max(0.0, share))
     return points[-1][1]
-
-
-def _without_filters(name: str) -> str:
-    return "+".join(part for part in name.split("+") if part != "filter") or "column"

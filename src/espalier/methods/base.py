@@ -111,6 +111,8 @@ class Run:
     """A method at work on a network. Made by `start`."""
 
     def __init__(self, graph: Graph, schemes: Mapping[str, Scheme], method: Method, steps: int | None) -> None:
+        if steps is not None and steps < 1:
+            raise MethodError(f"steps is {steps}: a run is one optimizer step long or more")
         self.graph, self.method = graph, method
         self.targets: list[Target] = targets(graph, schemes)
         self._progress = Progress(0, steps)

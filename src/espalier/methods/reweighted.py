@@ -14,6 +14,7 @@ from espalier.methods.shares import shares
 from espalier.methods.targets import Lane, Target, freeze, judged
 from espalier.sparsity import Frozen
 
+LEAST = 1e-12  # of a norm that others are measured by: its square is still a number
 STEER = 1.5  # the factor by which lambda changes at a milestone
 FALLING = 0.8  # energy that fell to so much of itself since the last milestone is falling fast enough
 STIFFEST = 20.0  # pull of the penalty over the weights it pulls at: plain SGD at a rate of 0.1 is stable up to here
@@ -51,7 +52,7 @@ class Reweighted(Method):
         for target in targets:
             w = target.weight.detach().float()
             for lane in target.lanes():
-                state[lane.key("start")] = _squares(lane, w).mean().sqrt().clamp_min(1e-30)
+                state[lane.key("start")] = _squares(lane, w).mean().sqrt().clamp_min(LEAST)
                 state[lane.key("unit")] = state[lane.key("start")]
                 state[lane.key("lambda")] = torch.tensor(self.strength / progress.steps, device=w.device)
         self._refresh(targets, state, 0.0)
@@ -116,10 +117,10 @@ class Reweighted(Method):
                 w = lane.target.weight.detach().float()
                 lost = round((1 - keep) * len(squares))
                 order = squares.argsort()
-                energy = _squares(lane, w)[order[:lost]].sum() / w.square().mean().clamp_min(1e-30)
+                energy = _squares(lane, w)[order[:lost]].sum() / w.square().mean().clamp_min(LEAST)
                 self._steer(lane, state, energy.double(), share)
                 border = squares[order[min(lost, len(order) - 1)]].sqrt() if keep > 0 else squares.mean().sqrt()
-                state[lane.key("unit")] = (border * state[lane.key("start")]).clamp_min(1e-30)
+                state[lane.key("unit")] = (border * state[lane.key("start")]).clamp_min(LEAST)
             unit = state[lane.key("unit")]
             a = 1 / (squares * (state[lane.key("start")] / unit).square() + self.eps)
             pressed = (a * state[lane.key("lambda")]).clamp_max(STIFFEST * self.eps**0.5)

@@ -20,7 +20,9 @@ from espalier.methods.targets import Lane, Target, freeze, judged
 from espalier.sparsity import Frozen
 
 KINDS = ("weight_decay", "l1", "fixed")
+ZERO = 1e-12  # a layer whose mean square is not above it has no unit of its own
 LEAST = 1e-3  # of |a| while a group lives: W is the weight over a
+SMALL, WIDE = 0.1, 3.0  # where |a| is smaller, W does not grow beyond so many root mean squares of the layer
 
 
 @final
@@ -64,8 +66,11 @@ class StructureParameters(Method):
             w = target.weight.detach().float()
             for lane in _pruning(target):
                 squares = lane.mean(w.square())
-                scale = squares.mean().clamp_min(1e-30)
-                state[lane.key("scale")], state[lane.key("a")] = scale, (squares / scale).sqrt().clamp_min(LEAST)
+                scale = squares.mean()
+                empty = scale <= ZERO  # an all-zero layer: as if just begun
+                scale = torch.where(empty, 1 / w[0].numel(), scale)
+                a = torch.where(empty, 1.0, (squares / scale).sqrt().clamp_min(LEAST))
+                state[lane.key("scale")], state[lane.key("a")] = scale, a
                 state[lane.key("alive")] = torch.ones_like(squares, dtype=torch.bool)
             factor = _product(torch.ones_like(w), [lane.spread(state[lane.key("a")]) for lane in _pruning(target)])
             state[f"{target.site}/w"] = w / factor
@@ -116,13 +121,21 @@ class StructureParameters(Method):
             stuck = living & (moved * a.sign() < LEAST)  # what lives passes zero only by dying first
             a.copy_(torch.where(stuck, a.sign() * LEAST, moved))
         factor = _product(torch.ones_like(w), [lane.spread(state[lane.key("a")] * n) for lane, n in zip(lanes, alive)])
-        w.copy_(torch.where(factor != 0, after / factor, w))
+        w.copy_(torch.where(factor != 0, self._bounded(after / factor, w, lanes, state), w))
         for lane in lanes:
             a, decay = state[lane.key("a")], (1.0 if lane.open else 0.3) if self.decay is None else self.decay
             if self.kind == "weight_decay":
                 a.mul_(math.exp(-decay * dt))
             elif self.kind == "l1":
                 a.copy_(a.sign() * (a.abs() - decay * dt).clamp_min(LEAST))
+
+    def _bounded(self, moved: Tensor, w: Tensor, lanes: list[Lane], state: State) -> Tensor:
+        """What W becomes. Over an a near zero a small move would blow it up, and a large W then blows up a."""
+        for lane in lanes:
+            near = lane.spread(state[lane.key("a")].abs() < SMALL)
+            bound = torch.maximum(w.abs(), WIDE * state[lane.key("scale")].sqrt())
+            moved = torch.where(near, moved.clamp(-bound, bound), moved)
+        return moved
 
     def _choose(self, targets: list[Target], state: State, share: float) -> None:
         """Which groups are above the threshold, and which positions patterns and N:M leave."""

@@ -16,11 +16,11 @@ import numpy as np
 import zstandard
 
 FAST, THOROUGH = 1, 15  # zstandard's levels; the second takes a second for 10 MB
-_WORTH, _LONG = (
-    0.8,
-    2**22,
-)  # a long stream that the first brings to no less than this share gains nothing from the second
+# A stream longer than _LONG that the first level brings to no less than the share _WORTH gains nothing from the second.
+_WORTH, _LONG = 0.8, 2**22
 _STEPS = 65535  # of the probability that a word is alive
+_SAMPLE = 2**16  # words that are looked at for magnitudes that repeat,
+_TIED = 0.9  # and the share of different ones among them below which they do
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def encode(words: np.ndarray) -> tuple[str, bytes]:
     'gaps'
     """
     share = np.count_nonzero(_alive(words)) / max(1, words.size)
-    names = [name for name in CODINGS if (share >= 0.5 if name == "dense" else share < 0.9)]
+    fits = {"dense": share >= 0.5, "tied": _any_tied(words)}
+    names = [name for name in CODINGS if fits.get(name, share < 0.9)]
     return min(((name, CODINGS[name].encode(words)) for name in names), key=lambda made: len(made[1]))
 
 
@@ -92,16 +93,22 @@ def _sign(dtype: np.dtype) -> np.unsignedinteger:
 
 
 def _sparse(
-    encode_positions: Callable[[np.ndarray], bytes], decode_positions: Callable[[bytes, int, int], np.ndarray]
+    encode_positions: Callable[[np.ndarray], bytes],
+    decode_positions: Callable[[bytes, int, int], np.ndarray],
+    values: Coding | None = None,
 ) -> Coding:
-    """The coding with these positions: ``encode(alive)``, and ``decode(data, count, living)`` back to `alive`."""
+    """The coding with these positions: ``encode(alive)``, and ``decode(data, count, living)`` back to `alive`.
+
+    values: how the words that are alive are stored, dense by default.
+    """
+    values = values or Coding(_dense, _from_dense)
 
     def encoded(words: np.ndarray) -> bytes:
         alive = _alive(words)
         signs = words[~alive] != 0
         parts = [encode_positions(alive), _zipped(np.packbits(signs).tobytes()) if signs.any() else b""]
         head = np.array([int(alive.sum()), *map(len, parts)], "<u8").tobytes()
-        return head + b"".join(parts) + _dense(words[alive])
+        return head + b"".join(parts) + values.encode(words[alive])
 
     def decoded(data: bytes, dtype: np.dtype, count: int) -> np.ndarray:
         if len(data) < 24:
@@ -109,7 +116,8 @@ def _sparse(
         living, first, second = (int(n) for n in np.frombuffer(data[:24], "<u8"))
         if living > count or 24 + first + second > len(data):
             raise ValueError("the header of a sparse tensor cannot be")
-        positions, signs, values = data[24 : 24 + first], data[24 + first : 24 + first + second], 24 + first + second
+        end = 24 + first + second
+        positions, signs = data[24 : 24 + first], data[24 + first : end]
         alive = decode_positions(positions, count, living)
         if int(alive.sum()) != living:
             raise ValueError("a sparse tensor's positions and values do not agree")
@@ -117,7 +125,7 @@ def _sparse(
         if signs:
             bits = np.frombuffer(unzipped(signs, -(-(count - living) // 8)), np.uint8)
             out[~alive] = np.unpackbits(bits, count=count - living) * _sign(dtype)
-        out[alive] = _from_dense(data[values:], dtype, living)
+        out[alive] = values.decode(data[end:], dtype, living)
         return out
 
     return Coding(encoded, decoded)
@@ -174,8 +182,57 @@ def _from_gaps(data: bytes, count: int, living: int) -> np.ndarray:
     return alive
 
 
+# -- tied: blocks of words with one magnitude (unification) ----------------------------------------
+
+
+def _any_tied(words: np.ndarray) -> bool:
+    """Whether magnitudes repeat, to look at the first words that are alive."""
+    sample = words[_alive(words)][:_SAMPLE] & ~_sign(words.dtype)
+    return len(np.unique(sample)) < _TIED * len(sample)
+
+
+def _repeats(words: np.ndarray) -> bytes:
+    """Signs, the magnitudes in the order in which they first occur, and for every word the step from the number of the
+    word before it to its own: 0 within a block's row, 1 at a new block, and the same jump at each block's next row."""
+    top = _sign(words.dtype)
+    found, first, numbers = np.unique(words & ~top, return_index=True, return_inverse=True)
+    order = first.argsort()
+    steps = np.diff(order.argsort()[numbers.reshape(-1)], prepend=-1)
+    jumps = np.where(steps < 0, -2 * steps - 1, 2 * steps).astype("<u4")
+    signs = _zipped(np.packbits((words & top) != 0).tobytes())
+    parts = [signs, _dense(found[order]), _dense(jumps)]
+    return np.array([len(found), *map(len, parts[:2])], "<u8").tobytes() + b"".join(parts)
+
+
+def _from_repeats(data: bytes, dtype: np.dtype, count: int) -> np.ndarray:
+    if len(data) < 24:
+        raise ValueError("too short for a tied tensor")
+    kinds, first, second = (int(n) for n in np.frombuffer(data[:24], "<u8"))
+    if kinds > count or 24 + first + second > len(data):
+        raise ValueError("the header of a tied tensor cannot be")
+    signs, table, jumps = data[24 : 24 + first], data[24 + first : 24 + first + second], data[24 + first + second :]
+    steps = _from_dense(jumps, np.dtype("<u4"), count).astype(np.int64)
+    numbers = np.where(steps % 2, -(steps + 1) // 2, steps // 2).cumsum() - 1
+    if count and not 0 <= int(numbers.min()) <= int(numbers.max()) < kinds:
+        raise ValueError("a tied tensor's numbers lead outside its table")
+    bits = np.unpackbits(np.frombuffer(unzipped(signs, -(-count // 8)), np.uint8), count=count)
+    return _from_dense(table, dtype, kinds)[numbers] ^ (bits * _sign(dtype)).astype(dtype)
+
+
+def _positions(alive: np.ndarray) -> bytes:
+    """The shorter of both ways to say which words are alive."""
+    return min(b"\0" + _bitmap(alive), b"\1" + _gaps(alive), key=len)
+
+
+def _from_positions(data: bytes, count: int, living: int) -> np.ndarray:
+    if data[:1] not in (b"\0", b"\1"):
+        raise ValueError("positions of an unknown kind")
+    return (_from_gaps if data[0] else _from_bitmap)(data[1:], count, living)
+
+
 CODINGS: dict[str, Coding] = {
     "dense": Coding(_dense, _from_dense),
     "sparse": _sparse(_bitmap, _from_bitmap),
     "gaps": _sparse(_gaps, _from_gaps),
+    "tied": _sparse(_positions, _from_positions, Coding(_repeats, _from_repeats)),
 }
