@@ -127,6 +127,25 @@ def test_several_inputs_and_outputs(check_network) -> None:
     check_network(Branches(), (3, 12, 12), (2, 6, 6))
 
 
+class Copies(nn.Module):
+    """Outputs that are copies of other values, dropout of every kind at the end and in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.single, self.whole = nn.Dropout(), nn.Dropout2d()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.a(x).relu()
+        z = self.whole(self.b(self.whole(y)))
+        return y.detach(), z, self.single(z.flatten(1)), x.clone(), y[:, :]
+
+
+def test_copies_are_outputs_too(check_network) -> None:
+    executable = check_network(Copies(), (3, 12, 12))
+    assert not executable.fallbacks
+
+
 class Partly(nn.Module):
     """An op without a kernel in the middle."""
 

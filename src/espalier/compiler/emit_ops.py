@@ -16,6 +16,7 @@ from espalier.compiler.emit import (
     merged,
 )
 from espalier.compiler.emit_tokens import move_at_one, reordered, target_like, turned
+from espalier.compiler.fuse import IDENTITIES
 from espalier.compiler.layout import Place, four, view
 from espalier.compiler.program import dense_strides
 from espalier.graph.ir import Node
@@ -215,6 +216,9 @@ def move(e: Emitter, node: Node) -> None:
         return
     value = str(node.inputs[0])
     source = e.places[value]
+    if node.op in IDENTITIES:  # an output of the network: all others are gone
+        e.places[node.outputs[0]] = source
+        return
     attrs = {k: v for k, v in node.attrs.items() if k != "activation"}
     reference = OPS[node.op].reference
     places = view(source, reference, e.batch, attrs)
@@ -251,6 +255,5 @@ MOVES = (
     "squeeze",
     "unsqueeze",
     "expand",
-    "identity",
-    "dropout",
+    *IDENTITIES,
 )

@@ -22,6 +22,7 @@ from espalier.graph.interpret import apply
 from espalier.graph.opaque import resolve
 
 ACTIVATIONS = ("relu", "clamp", "leaky_relu", "elu", "sigmoid", "tanh", "silu", "hardswish", "hardsigmoid", "gelu")
+IDENTITIES = ("identity", "dropout", "feature_dropout")  # when a network only runs
 HOSTS = ("conv", "linear", "affine", "add")
 _GROWTH = 4  # a constant may be that many times as large as what it is made from
 
@@ -78,7 +79,7 @@ def _without_identities(graph: Graph) -> Graph:
     nodes = []
     for node in graph.nodes:
         inputs = tuple(None if name is None else renamed.get(name, name) for name in node.inputs)
-        if node.op in ("identity", "dropout") and node.outputs[0] not in graph.outputs:
+        if node.op in IDENTITIES and node.outputs[0] not in graph.outputs:
             renamed[node.outputs[0]] = inputs[0]  # type: ignore[assignment]
         else:
             nodes.append(replace(node, inputs=inputs))

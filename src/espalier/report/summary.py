@@ -124,7 +124,8 @@ def print_summary(report: dict[str, Any], out: Path, console: Console | None = N
     console = console or screen()
     threads = report["machine"]["threads"]
     many = "1 thread" if threads == 1 else f"{threads} threads"
-    table = Table(title=f"dense against compressed (batch 1, {many}, medians of interleaved runs)")
+    caption = f"latencies: batch 1, {many}, medians of interleaved runs"
+    table = Table(title="dense against compressed", caption=caption)
     for heading in ("", "dense", "compressed", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
     for figure in FIGURES:
