@@ -86,7 +86,7 @@ def test_admm_by_hand() -> None:
     run = start(
         model,
         {"0.weight": chosen},
-        get("admm", rho_start=0.5, rho_end=0.5, updates=4, residual=None),
+        get("admm", rho_start=0.5, rho_end=0.5, updates=4, residual=None, track=False),
         torch.zeros(1, 6),
         steps=4,
     )
@@ -100,6 +100,19 @@ def test_admm_by_hand() -> None:
             w.add_(torch.randn_like(w) * 0.1)
         run.step()
         z, u = chosen.project(w.detach() + u), u + w.detach() - chosen.project(w.detach() + u)
+
+
+def test_admm_leaves_what_stays_free_to_learn() -> None:
+    """Weights that the projection keeps have no penalty, however far they move between updates."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4, bias=False))
+    chosen = scheme("weight", 0.5)
+    run = start(model, {"0.weight": chosen}, get("admm", rho_start=0.5, rho_end=0.5), torch.zeros(1, 6), steps=400)
+    kept = chosen.project(model[0].weight.detach()) != 0
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    run.penalty().backward()
+    assert not model[0].weight.grad[kept].any() and model[0].weight.grad[~kept].all()
 
 
 def test_admm_in_a_short_run_ends_close_to_its_projection() -> None:

@@ -29,6 +29,8 @@ class ADMM(Method):
     residual: how far from its projection a layer may be when the run ends, ``||W - Z|| / ||W||``. That ramp alone gets
         there only in long runs at large learning rates. A layer behind a way that leads there gets a larger rho, up to
         `rho_max`, until it has caught up. Our reading; None keeps to the ramp.
+    track: between updates Z follows W wherever the projection leaves it as it is, so that what stays is free to learn:
+        only what is to change is drawn. Our reading; False holds all of W to the Z of the last update, as published.
     """
 
     rho_start: float = 1e-4
@@ -37,6 +39,7 @@ class ADMM(Method):
     updates: int = 40
     residual: float | None = 0.05
     rho_max: float = 10.0
+    track: bool = True
 
     def begin(self, targets: list[Target], progress: Progress) -> State:
         progress.share("admm")  # fails early when the length is unknown
@@ -56,7 +59,8 @@ class ADMM(Method):
         points = [state[lane.key("pull")] for lane in lanes]
         rho = self._rho(progress)
         strengths = [(rho * state[lane.key("push")]).clamp_max(max(rho, self.rho_max)) for lane in lanes]
-        return draw([lane.target.weight for lane in lanes], points, strengths)
+        drawn = [state[lane.key("drawn")] for lane in lanes] if self.track else None
+        return draw([lane.target.weight for lane in lanes], points, strengths, drawn)
 
     def step(self, targets: list[Target], state: State, progress: Progress) -> None:
         assert progress.steps is not None
@@ -80,6 +84,7 @@ class ADMM(Method):
                 z = lane.rule.project(sums[site], lane.target.conv_groups, None if by[site] is sums[site] else by[site])
                 u = torch.zeros_like(z) if restart else sums[site] - z
                 state[lane.key("u")], state[lane.key("pull")] = u, z - u
+                state[lane.key("drawn")] = (z != sums[site]).to(z.dtype)
                 if self.residual is not None and lane.key("start") in state:
                     self._steer(lane, state, progress)
 

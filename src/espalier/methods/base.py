@@ -83,13 +83,20 @@ def pull(weights: Sequence[Tensor], gradients: Sequence[Tensor], value: Tensor) 
     return _Pull.apply(value, len(weights), *weights, *gradients)
 
 
-def draw(weights: Sequence[Tensor], points: Sequence[Tensor], strengths: Sequence[Tensor]) -> Tensor | None:
-    """``sum_k strengths_k/2 ||weights_k - points_k||^2``; None where there are none."""
+def draw(
+    weights: Sequence[Tensor],
+    points: Sequence[Tensor],
+    strengths: Sequence[Tensor],
+    drawn: Sequence[Tensor] | None = None,
+) -> Tensor | None:
+    """``sum_k strengths_k/2 ||drawn_k (weights_k - points_k)||^2``, drawn 0 or 1; None where there are none."""
     if not weights:
         return None
     with torch.no_grad():
         wide = [w.detach().float() for w in weights]
         apart = torch._foreach_sub(wide, list(points))
+        if drawn is not None:
+            torch._foreach_mul_(apart, list(drawn))
         value = 0.5 * (torch.stack(torch._foreach_norm(apart)).square() * torch.stack(list(strengths))).sum()
         torch._foreach_mul_(apart, list(strengths))
     return pull(weights, apart, value)
