@@ -11,7 +11,7 @@ is for the figures only.
 
 Plans are made and timed first, in this process; then the search tries its trials and the plans are trained, in
 --workers processes of one thread each. Stopped and started again it goes on where it was: what is finished lies in
---out, and what was trained already is not trained again. Rows that are not finished are missing in the result.
+--out, and what was trained already is not trained again, except for --again. Rows that are not finished are missing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def by_search(setting: Setting, speedup: float) -> es.Plan:
     limit = rule.dense.latency_ms / speedup
     space = space_of(setting.latency)
     recipe = dataclasses.replace(SHORT, precision=a.precision)
-    file, folder = Path(a.out) / "trials.jsonl", str(Path(a.data).resolve())
+    file, folder = Path(a.out) / f"trials_{space.name}.jsonl", str(Path(a.data).resolve())
     score = OneShot("resnet20", "cifar10", str(Path(a.weights).resolve()), folder, 1, a.trial_images, recipe, NORM)
     with Processes(a.workers) if a.workers > 1 else nullcontext(Here()) as where:
         search(
@@ -160,7 +161,7 @@ def by_search(setting: Setting, speedup: float) -> es.Plan:
             seed=a.seed,
             tell=lambda t: print(f"  trial {t.number}: {t.accuracy:.2f} % at {t.latency_ms:.4g} ms", flush=True),
         )
-    return space.plan(best(Log(file, space.name).trials, limit).picked)
+    return space.plan(best(space.timed(Log(file, space.name).trials), limit).picked)
 
 
 def made_plans(setting: Setting, speedups: list[float], work: Workspace) -> dict[str, dict[str, str]]:
@@ -187,6 +188,21 @@ def made_plans(setting: Setting, speedups: list[float], work: Workspace) -> dict
             told = plans[name].get("unreachable") or f"{plans[name]['one_shot']}x pruned in one shot"
             print(f"{name:24s} {told}", flush=True)
     return plans
+
+
+def forget(titles: list[str], a: argparse.Namespace) -> None:
+    """Drop the plans of these titles and all that was trained into them."""
+    folder = Path(a.out)
+    for name in ("plans.json", "cells.json"):
+        if (folder / name).exists():
+            held = json.loads((folder / name).read_text())
+            rows = held["cells"] if name == "cells.json" else held
+            for key in [key for key in rows if key.partition("/")[0] in titles]:
+                del rows[key]
+            (folder / name).write_text(json.dumps(held, indent=1), encoding="utf-8")
+    for title in titles:
+        for old in folder.glob(f"{_plain(title)}_*"):
+            shutil.rmtree(old)
 
 
 # -- training ---------------------------------------------------------------------------------------
@@ -241,7 +257,11 @@ METHODS: dict[str, dict[str, Any]] = {"admm": {}, "magnitude": {"ramp": "cubic"}
 
 
 def cell_folder(cell: Cell, a: argparse.Namespace) -> Path:
-    return Path(a.out) / key_of(cell).translate(str.maketrans(" /", "__", "()"))
+    return Path(a.out) / _plain(key_of(cell))
+
+
+def _plain(name: str) -> str:
+    return name.translate(str.maketrans(" /", "__", "()"))
 
 
 def cifar10(a: argparse.Namespace) -> Data:
@@ -343,8 +363,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the latency")
     parser.add_argument("--rounds", type=int, default=50, help="of the interleaved run")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", default="", help="plans to make and train anew, such as 'by rule,by search'")
     a = parser.parse_args()
     torch.set_num_threads(1)
+    forget([title for title in a.again.split(",") if title], a)
     settings = {name: getattr(a, name) for name in FACTS}
     work = Workspace(a.out, settings, resume=True)
     network = pretrained(a.weights)

@@ -69,7 +69,7 @@ def measured(
     graph: es.Graph, model: LatencyModel, found: es.mapping.Proposal, speedup: float, rounds: int
 ) -> dict[str, Any]:
     """A plan beside the dense network, both with random weights, in turns."""
-    probe, x = Probe(graph, model.layers), torch.randn(*graph.values[graph.inputs[0]].shape)
+    probe, x = Probe(graph, model.layers), torch.randn(1, *graph.values[graph.inputs[0]].shape[1:])
     variants = {"dense": probe.variant({}), "plan": probe.variant(found.plan.resolve(graph.sites()))}
     programs = {key: es.compile(variant, threads=model.threads) for key, variant in variants.items()}
     ms = in_turns({key: (lambda p=p: p(x)) for key, p in programs.items()}, rounds, model.threads)

@@ -210,7 +210,7 @@ def search_command(
             search(space, score, file, limit_ms=limit, tell=_trial_teller(console), **shared)
         else:
             study(space, score, file, sampler=sampler, tell=_trial_teller(console), **shared)
-    known = Log(file, space.name).trials
+    known = space.timed(Log(file, space.name).trials)
     taken = best(known, limit)
     _save(space.plan(taken.picked), folder / "plan.toml")
     drawn = _drawn(lambda: draw_trials(known, folder / "front.png", f"{model}: the front of {len(known)} trials"))

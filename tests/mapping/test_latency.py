@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import espalier as es
 from espalier import compiler
 from espalier.errors import PlanError, UnknownNameError
-from espalier.mapping import cache, check, latency_model, mean_error
+from espalier.mapping import cache, check, clock, latency_model, mean_error
 from espalier.mapping.candidates import GRID, find, ladder
 from espalier.mapping.clock import Profile
 from espalier.mapping.latency import label_of, rising
@@ -145,6 +145,31 @@ def test_an_unmeasured_scheme_is_named(graph: es.Graph, tmp_path: Path) -> None:
     model = latency_model(graph, clock=CountingClock(), shelf=Shelf("latency", WHO, tmp_path))
     with pytest.raises(UnknownNameError, match="measured scheme of a"):
         model.predict({"a.weight": es.scheme("block_punched", 0.3, m=3, n=1)})
+
+
+def test_the_clock_runs_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever batch it was captured with; a network that was written for one batch size runs that."""
+    seen: list[tuple[int, ...]] = []
+
+    def spied(graph: es.Graph, threads: int) -> es.Executable:
+        class Spy(es.Executable):
+            def _checked(self, inputs, named):
+                seen.append(inputs[0].shape)
+                return super()._checked(inputs, named)
+
+        return Spy(graph, threads)
+
+    monkeypatch.setattr(clock, "compile", spied)
+    clock.engine_clock([es.capture(Net(), example())], 1)
+    assert set(seen) == {(1, 3, 12, 12)}
+    seen.clear()
+
+    class Wired(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.reshape(3, 8))
+
+    clock.engine_clock([es.capture(Wired(8, 2), torch.zeros(3, 8))], 1)
+    assert set(seen) == {(3, 8)}
 
 
 def test_no_thread_is_told(graph: es.Graph) -> None:

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import espalier as es
 from espalier.errors import DataError, MissingExtraError, TrainingError, UnknownNameError
-from espalier.mapping import Cluster, Here, Log, Processes, Space, best, front, search, study
+from espalier.mapping import Cluster, Here, LatencyModel, Log, Processes, Space, best, front, search, space_of, study
+from espalier.mapping.latency import Curve
+from espalier.mapping.layers import layers
 from espalier.mapping.picture import draw_front
 from espalier.mapping.space import Option
 
@@ -81,6 +84,20 @@ def test_a_finished_search_serves_another_target(tmp_path: Path) -> None:
     fresh = search(toy(), Table(), tmp_path / "u.jsonl", limit_ms=3.2, trials=16)
     assert known.reward(3.2, 1) >= fresh.reward(3.2, 1)
     assert len(Log(file, toy().name).trials) == 136
+
+
+def test_trials_outlive_the_table_that_they_were_made_with(tmp_path: Path) -> None:
+    """Measured anew, everything takes twice as long, and a column more than dense: the trials still serve."""
+    file, tables = tmp_path / "t.jsonl", []
+    layer = layers(es.capture(torch.nn.Linear(32, 32), torch.zeros(1, 32)))
+    for column, dense in ((0.4, 1.0), (2.2, 2.0)):
+        curve = Curve(np.array([0.05, 1.0]), np.array([column, column]))
+        tables.append(LatencyModel(layer, {"weight": dense}, {("weight", "column"): curve}, 0.0, 0.0, 1, 1))
+    first, second = (space_of(table, densities=(0.5, 0.2)) for table in tables)
+    found = search(first, lambda plan: 90.0 if plan.entries[0].scheme is None else 80.0, file, limit_ms=0.5, trials=8)
+    assert found.picked != (0,) and first.name == second.name
+    again = search(second, Table(), file, limit_ms=2.1, trials=0)
+    assert again.picked == (0,) and again.latency_ms == 2.0
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])

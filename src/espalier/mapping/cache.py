@@ -16,7 +16,7 @@ def shelf(threads: int) -> Shelf:
     >>> shelf(threads=1).read()
     {}
     """
-    return Shelf("latency", {**identity(threads), "compiler": _compiler()})
+    return Shelf("latency", {**identity(threads), "compiler": _compiler(), "samples": 1})
 
 
 @functools.cache

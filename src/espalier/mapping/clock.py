@@ -33,7 +33,7 @@ Clock = Callable[[Sequence[Graph], int], list[Profile]]
 
 
 def engine_clock(graphs: Sequence[Graph], threads: int) -> list[Profile]:
-    """Compile the graphs, and time them on random input in turns.
+    """Compile the graphs, and time them on one random sample in turns.
 
     A round runs a program three times: to bring its weights and activations to where they are in steady use, with the
     whole call timed, and with every step timed. With one thread the whole call counts in processor time, which on a
@@ -73,13 +73,14 @@ def _quantile(values: list[float]) -> float:
 
 
 def _inputs(graph: Graph) -> list[np.ndarray]:
+    """Random inputs of one sample, or of as many as the network was written for."""
     generator, made = torch.Generator().manual_seed(0), []
     for name in graph.inputs:
         value = graph.values[name]
+        shape = (
+            (1, *value.shape[1:]) if value.batched else value.shape
+        )  # a graph of any batch holds that of its capture
         floating = value.dtype.is_floating_point
-        made.append(
-            (torch.randn(value.shape, generator=generator) if floating else torch.zeros(value.shape))
-            .to(value.dtype)
-            .numpy()
-        )
+        x = torch.randn(shape, generator=generator) if floating else torch.zeros(shape)
+        made.append(x.to(value.dtype).numpy())
     return made

@@ -74,10 +74,11 @@ def search(
     """
     log, run = Log(file, space.name), f"policy {limit_ms:.6g} {seed} {population} {price:g}"
     policy = Policy(space, seed, start)
-    known = [t for t in log.trials if t.run != run]
+    tried = space.timed(log.trials)
+    known = [t for t in tried if t.run != run]
     for first in range(0, len(known), population):
         _learn(policy, known[first : first + population], known[:first], limit_ms, price)
-    done = {t.number: t for t in log.trials if t.run == run}
+    done = {t.number: t for t in tried if t.run == run}
     for first in range(0, trials, population):
         numbers = range(first, min(first + population, trials))
         picked = {n: _pick(policy, seed, n, start) for n in numbers}
@@ -87,7 +88,7 @@ def search(
             done[trial.number] = trial
             tell(trial)
         _learn(policy, [done[n] for n in numbers], [*known, *(done[n] for n in range(first))], limit_ms, price)
-    return best(log.trials, limit_ms, price)
+    return best(space.timed(log.trials), limit_ms, price)
 
 
 def study(
@@ -121,7 +122,7 @@ def study(
         name: optuna.distributions.CategoricalDistribution(list(range(len(each))))
         for name, each in zip(names, space.options)
     }
-    for trial in log.trials:
+    for trial in space.timed(log.trials):
         made.add_trial(
             optuna.trial.create_trial(
                 params=dict(zip(names, trial.picked)),
@@ -140,7 +141,7 @@ def study(
             made.tell(asked[trial.number - number], [trial.accuracy, trial.latency_ms])
             tell(trial)
         number += len(asked)
-    return list(log.trials)
+    return space.timed(log.trials)
 
 
 _SAMPLERS: dict[str, Callable[[Any, int, int], Any]] = {

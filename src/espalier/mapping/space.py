@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from espalier.errors import UnknownNameError
 from espalier.mapping.candidates import find
 from espalier.mapping.latency import LatencyModel, label_of
+from espalier.mapping.trials import Trial
 from espalier.sparsity import Entry, Plan, Scheme
 
 DENSITIES = (0.7, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.07, 0.05)
@@ -43,6 +44,10 @@ class Space:
     def latency_ms(self, picked: Sequence[int]) -> float:
         """The network's latency by the table."""
         return self.fixed_ms + sum(each[k].ms for each, k in zip(self.options, picked))
+
+    def timed(self, trials: Iterable[Trial]) -> list[Trial]:
+        """Trials of this space with the latencies of its table: they may have been made with another one."""
+        return [replace(trial, latency_ms=self.latency_ms(trial.picked)) for trial in trials]
 
     def plan(self, picked: Sequence[int]) -> Plan:
         """The plan of a choice, an option's index for every site."""
@@ -82,7 +87,8 @@ class Space:
 def space_of(
     model: LatencyModel, *, densities: Sequence[float] = DENSITIES, schemes: Sequence[str] | None = None
 ) -> Space:
-    """Every candidate that the latency model knows, at several densities, where it is faster than dense.
+    """Every candidate that the latency model knows, at several densities: also those that are slower than dense, since
+    what can be chosen must not depend on a measurement (trials belong to it).
 
     schemes: labels to keep to. Raises UnknownNameError for one that no ladder has.
     """
@@ -96,8 +102,6 @@ def space_of(
             if schemes is None or label in schemes:
                 top = find(label).ceiling
                 for density in sorted({min(d, top) for d in densities}, reverse=True):
-                    ms = model.layer_ms(site, label, density)
-                    if ms < model.dense[site]:
-                        each.append(Option(label, density, ms))
+                    each.append(Option(label, density, model.layer_ms(site, label, density)))
         options.append(tuple(each))
     return Space(tuple(model.layers), tuple(options), model.fixed_ms)
