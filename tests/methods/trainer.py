@@ -1,8 +1,7 @@
-"""Runs of every method that can be killed: python -m tests.methods.trainer FOLDER makes a METHOD.result for each."""
+"""Runs of every method that can be killed: `every(folder)` makes a METHOD.result for each, and goes on where it was."""
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -55,9 +54,8 @@ def get_method(method: str) -> Any:
     return METHODS[method](**SETTINGS.get(method, {}))
 
 
-if __name__ == "__main__":
+def every(folder: Path) -> None:
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
     for name in METHODS:
         if not (folder / f"{name}.result").exists():
             made = train(name, folder / f"{name}.pt", pause_s=0.005)
