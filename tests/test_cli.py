@@ -78,7 +78,10 @@ def test_info_run_and_bench(finished: Path, tmp_path: Path, capsys: pytest.Captu
         (["compress", "lenet_digits", "--data", "digits"], "either density"),
         (["compress", "lenet_digits", "--data", "digits", "--plan", "none.toml"], "cannot be read"),
         (["compress", "lenet_digits", "--data", "digits", "--density", "0.5", "--weights", "none.st"], "none.st"),
-        (["compress", "lenet5", "--data", "digits", "--density", "0.5"], "cannot follow LeNet5"),
+        (
+            ["compress", "lenet5", "--data", "digits", "--density", "0.5"],
+            "on inputs of [1, 1, 8, 8]",
+        ),
         (["info", "nowhere.esp"], "cannot be read"),
         (["run", "nowhere.esp", "--input", "x.npy", "--output", "y.npy"], "cannot be read"),
         (["bench", "lenet5", "--against", "tensort"], "unknown rival"),

@@ -11,7 +11,7 @@ from espalier.errors import CaptureError, FileFormatError, ShapeError
 from espalier.graph import OPAQUE, OPS, Op, capture, run, to_module
 from espalier.graph.opaque import resolve
 from espalier.graph.ops import add_op
-from tests.graph.networks import NETWORKS, Several, stirred
+from tests.graph.networks import NETWORKS, Several, Tied, Unknown, stirred
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -70,13 +70,13 @@ def test_the_module_of_a_graph_trains() -> None:
 
 
 def test_tied_weights_stay_tied() -> None:
-    model, example = stirred(NETWORKS[7])
+    model, example = stirred(Tied)
     module = to_module(capture(model, example))
     assert module.get_parameter("a.weight") is module.get_parameter("b.weight")
 
 
 def test_an_op_without_a_row_is_opaque_and_says_where() -> None:
-    model, example = stirred(NETWORKS[6])
+    model, example = stirred(Unknown)
     (node,) = capture(model, example).opaque()
     assert node.op == OPAQUE and node.target == "aten.cumsum.default" and "cumsum" in node.place
 

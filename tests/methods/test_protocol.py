@@ -134,6 +134,24 @@ def test_admm_in_a_short_run_ends_close_to_its_projection() -> None:
     assert left[0.05] < 0.1 < 0.4 < left[None]
 
 
+def test_admm_does_not_diverge_under_momentum() -> None:
+    """Between two updates the weights cannot follow a strong draw: what is left of it must not add up."""
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8)), torch.randn(64, 12), torch.randn(64, 8)
+    chosen = scheme("block_column", 0.25, m=4)
+    run = start(model, {"0.weight": chosen, "2.weight": chosen}, "admm", x[:1], steps=200)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    highest = 0.0
+    for _ in range(200):
+        optimizer.zero_grad()
+        penalty = run.penalty()
+        highest = max(highest, float(penalty.detach()))
+        (F.mse_loss(model(x), y) + penalty).backward()
+        optimizer.step()
+        run.step()
+    assert 0.1 < highest < 10, "it was 180 with U kept at a large rho"
+
+
 def test_admm_beats_one_shot_magnitude_where_features_go_together() -> None:
     """Least squares with correlated features: the largest weights are not the best ones to keep."""
 

@@ -124,10 +124,11 @@ def _export(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor
         return torch.export.export(model, *cloned, strict=False)
     except Exception as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        shapes = ", ".join(str(list(x.shape)) for x in (*args, *kwargs.values()))
         raise CaptureError(
-            f"torch.export cannot follow {type(model).__name__}{_culprit(error)}: {first} "
-            "If its forward branches on the values of tensors, wrap the part that does not in a module of its own and "
-            "capture that; if it is called with other inputs, give inputs like those as the example"
+            f"torch.export cannot follow {type(model).__name__} on inputs of {shapes}{_culprit(error)}: "
+            f"{first.rstrip('.')}. If its forward branches on the values of tensors, wrap the part that does not in a "
+            "module of its own and capture that; if it is called with other inputs, give such inputs as the example"
         ) from error
 
 

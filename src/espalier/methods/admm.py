@@ -57,8 +57,7 @@ class ADMM(Method):
         """``sum_l sum_r rho/2 ||W_l - Z_lr + U_lr||^2``; the state holds Z - U and U."""
         lanes = [lane for target in targets for lane in target.lanes()]
         points = [state[lane.key("pull")] for lane in lanes]
-        rho = self._rho(progress)
-        strengths = [(rho * state[lane.key("push")]).clamp_max(max(rho, self.rho_max)) for lane in lanes]
+        strengths = [self._strength(state[lane.key("push")], progress) for lane in lanes]
         drawn = [state[lane.key("drawn")] for lane in lanes] if self.track else None
         return draw([lane.target.weight for lane in lanes], points, strengths, drawn)
 
@@ -89,15 +88,23 @@ class ADMM(Method):
                     self._steer(lane, state, progress)
 
     def _steer(self, lane: Lane, state: State, progress: Progress) -> None:
-        """More rho for a layer further from its projection than it should be by now; U, scaled by rho, follows."""
+        """More rho for a layer further from its projection than it should be by now.
+
+        It is drawn to Z itself, without U: W cannot follow so strong a draw between two updates when momentum is high,
+        and U, the sum of all that is left, would grow until training diverges.
+        """
         assert self.residual is not None
         share = min(1.0, progress.share("admm") / _IN_TIME) ** 4  # late rather than early: the choice is to mature
         start, push = state[lane.key("start")], state[lane.key("push")]
         allowed = start * (self.residual / start.clamp_min(self.residual)) ** share
         behind = _apart(lane, state) > allowed
-        more = torch.where(behind, push * _MORE, push / _MORE).clamp(1.0, self.rho_max / self.rho_start)
-        z, u = state[lane.key("pull")] + state[lane.key("u")], state[lane.key("u")] * (push / more)
+        more = torch.where(behind, push * _MORE, push / _MORE).clamp(1.0, max(1.0, self.rho_max / self._rho(progress)))
+        z, u = state[lane.key("pull")] + state[lane.key("u")], torch.where(more > 1, 0.0, state[lane.key("u")])
         state[lane.key("push")], state[lane.key("u")], state[lane.key("pull")] = more, u, z - u
+
+    def _strength(self, push: Tensor, progress: Progress) -> Tensor:
+        rho = self._rho(progress)
+        return (rho * push).clamp_max(max(rho, self.rho_max))
 
     def _rho(self, progress: Progress) -> float:
         return staircase(self.rho_start, self.rho_end, self.stages, progress.share("admm"))
