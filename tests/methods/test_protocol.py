@@ -86,7 +86,7 @@ def test_admm_by_hand() -> None:
     run = start(
         model,
         {"0.weight": chosen},
-        get("admm", rho_start=0.5, rho_end=0.5, updates=4, residual=None, track=False),
+        get("admm", rho_start=0.5, rho_end=0.5, updates=4, every=1, residual=None, track=False),
         torch.zeros(1, 6),
         steps=4,
     )

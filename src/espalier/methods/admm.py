@@ -26,6 +26,8 @@ class ADMM(Method):
 
     stages: rho climbs from `rho_start` to `rho_end` in so many equal factors, one after the other; Z and U start afresh
         in each. The defaults, 1e-4 to 1e-1 times 10 in four stages, are those of the group's public code.
+    updates: of Z and U in a run, at most; `every`: steps between them, at least: U sums up what W has not followed yet,
+        and momentum makes it follow late, so that training diverges where they are too close.
     residual: how far from its projection a layer may be when the run ends, ``||W - Z|| / ||W||``. That ramp alone gets
         there only in long runs at large learning rates. A layer behind a way that leads there gets a larger rho, up to
         `rho_max`, until it has caught up. Our reading; None keeps to the ramp.
@@ -37,6 +39,7 @@ class ADMM(Method):
     rho_end: float = 1e-1
     stages: int = 4
     updates: int = 40
+    every: int = 10
     residual: float | None = 0.05
     rho_max: float = 10.0
     track: bool = True
@@ -63,7 +66,7 @@ class ADMM(Method):
 
     def step(self, targets: list[Target], state: State, progress: Progress) -> None:
         assert progress.steps is not None
-        every = max(1, progress.steps // self.updates)
+        every = max(min(self.every, progress.steps), progress.steps // self.updates)
         if progress.step % every:
             return
         before = Progress(progress.step - every, progress.steps)
@@ -88,18 +91,14 @@ class ADMM(Method):
                     self._steer(lane, state, progress)
 
     def _steer(self, lane: Lane, state: State, progress: Progress) -> None:
-        """More rho for a layer further from its projection than it should be by now.
-
-        It is drawn to Z itself, without U: W cannot follow so strong a draw between two updates when momentum is high,
-        and U, the sum of all that is left, would grow until training diverges.
-        """
+        """More rho for a layer further from its projection than it should be by now; U, scaled by rho, follows."""
         assert self.residual is not None
         share = min(1.0, progress.share("admm") / _IN_TIME) ** 4  # late rather than early: the choice is to mature
         start, push = state[lane.key("start")], state[lane.key("push")]
         allowed = start * (self.residual / start.clamp_min(self.residual)) ** share
         behind = _apart(lane, state) > allowed
         more = torch.where(behind, push * _MORE, push / _MORE).clamp(1.0, max(1.0, self.rho_max / self._rho(progress)))
-        z, u = state[lane.key("pull")] + state[lane.key("u")], torch.where(more > 1, 0.0, state[lane.key("u")])
+        z, u = state[lane.key("pull")] + state[lane.key("u")], state[lane.key("u")] * (push / more)
         state[lane.key("push")], state[lane.key("u")], state[lane.key("pull")] = more, u, z - u
 
     def _strength(self, push: Tensor, progress: Progress) -> Tensor:
