@@ -20,6 +20,7 @@ from itertools import pairwise
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from espalier.compiler.program import Four, Operand, Space, dense_strides
 from espalier.compiler.window import is_depthwise, window
@@ -55,8 +56,8 @@ class Storage:
 
     @property
     def size_bytes(self) -> int:
-        rows = self.height + self.vertical
-        return 4 * (self.front + (rows * self.row_stride if self.by_rows else self.channels * self.plane))
+        rows = (self.height + self.vertical) * self.row_stride + 2 * _VECTOR  # nothing lies behind the last row
+        return 4 * (self.front + (rows if self.by_rows else self.channels * self.plane))
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,9 @@ class _Root:
     width: int
     vertical: int = 0
     side: int = 0
-    viewed: bool = False  # other values are parts or views of it: they are planes
+    planes: bool = False  # it lies in planes: other values are parts or views of it, or a conv wants them
     pixels: bool = False  # a convolution reads or writes it
+    shifts: bool = False  # of phases: every column of a window has one of its own
 
 
 @dataclass
@@ -174,6 +176,7 @@ class Layout:
     roots: dict[str, _Root] = field(default_factory=dict)
     above: dict[str, str] = field(default_factory=dict)  # union-find over roots: equal row strides
     strided: dict[str, list[Node]] = field(default_factory=dict)  # root of phases -> the convs that read them
+    shifted: dict[str, str] = field(default_factory=dict)  # conv -> root of the shifted planes that it reads
 
     def storage(self, root: str, times: int = 1) -> Storage:
         """The finished storage of a root, with `times` its channels."""
@@ -268,11 +271,11 @@ def plan_layout(
             root, channel = parts[root][0], channel + parts[root][1]
         if root in layout.roots:
             layout.home[name] = (root, channel)
-            layout.roots[root].viewed |= root != name
+            layout.roots[root].planes |= root != name
     for node in nodes:
         if not fresh.issuperset(node.outputs):
             for root in {layout.home[n][0] for n in node.inputs if n in layout.home}:
-                layout.roots[root].viewed = True
+                layout.roots[root].planes = True
         if node.op == "conv":
             _plan_conv(layout, node, graph)
         elif node.op in ("add", "sub", "mul", "div"):
@@ -315,9 +318,13 @@ def _plan_conv(layout: Layout, node: Node, graph: Graph) -> None:
     target = layout.home[out][0]
     for root in {home, target} - {None}:
         layout.roots[str(root)].pixels = True
+        if not is_depthwise(graph, node):
+            layout.roots[str(root)].planes |= _wants_planes(graph.tensors.get(str(node.inputs[1])))
     if is_depthwise(graph, node):  # reads planes of any kind, in the arena
         if home is None and f"{source}/planes" not in layout.roots:
             layout.add(f"{source}/planes", layout.shapes[source])
+    elif all(s == 1 for s in node.attrs["stride"]) and _shifts(layout, node, graph):
+        _plan_shifts(layout, node, target, [1, *kernel][-2:])
     elif all(s == 1 for s in node.attrs["stride"]):
         padding = [0, *node.attrs["padding"]][-2:]
         if home is None:
@@ -327,32 +334,79 @@ def _plan_conv(layout: Layout, node: Node, graph: Graph) -> None:
         layout.need(home, padding[0], padding[1])
         layout.join(home, target)
     else:
-        _plan_phases(layout, node, target, [1, *kernel][-2:])
+        _plan_phases(layout, node, target, [1, *kernel][-2:], _shifts(layout, node, graph))
     residual = node.inputs[3] if len(node.inputs) > 3 else None
     if residual in layout.home:
         layout.join(layout.home[residual][0], target)
 
 
+_VECTOR = 16  # floats
 _ROWS_AT_MOST = 1100  # pixels of an image that lies row by row
 _WASTE = 1.06  # vectors that this may take more than planes
 
 
 def _by_rows(r: _Root, row_stride: int) -> bool:
     """Whether an image lies row by row: where its rows take about as few vectors as a run over the plane."""
-    if r.viewed or not r.pixels or r.channels == 1 or r.height == 1 or r.height * r.width > _ROWS_AT_MOST:
+    narrow = r.channels * r.width <= r.side + _VECTOR  # `front` would no longer say how many rows of margin there are
+    if r.planes or not r.pixels or narrow or r.channels == 1 or r.height == 1 or r.height * r.width > _ROWS_AT_MOST:
         return False
     run = (r.height - 1) * row_stride + r.width
-    return r.height * -(-r.width // 16) <= _WASTE * -(-run // 16)
+    return r.height * -(-r.width // _VECTOR) <= _WASTE * -(-run // _VECTOR)
+
+
+def _wants_planes(weight: Tensor | None) -> bool:
+    """Whether a conv runs best over planes: dense ones, and those whose rows share few columns.
+
+    The tiles of the latter are one row high and as wide as can be, and want vectors that lie one behind the other.
+    """
+    if weight is None:
+        return True
+    rows = weight.detach().flatten(1) != 0
+    density = float(rows.float().mean())
+    blocks = rows[: len(rows) // 8 * 8].unflatten(0, (-1, 8)).any(1)
+    return density > _SPARSE or not len(blocks) or float(blocks.float().mean()) > 2 * density
 
 
 def _in_rows(name: str, r: _Root) -> Storage:
     """Rows begin with a cache line where that takes little more memory."""
     pitch = r.width + r.side
-    whole = -(-pitch // 16) * 16
+    whole = -(-pitch // _VECTOR) * _VECTOR
     pitch = whole if whole <= 1.15 * pitch else pitch
     stride = r.channels * pitch
-    front = -(-(r.vertical * stride + r.side) // 16) * 16
+    front = -(-max(1, r.vertical * stride + r.side) // _VECTOR) * _VECTOR  # vectors may begin before the first pixel
     return Storage(name, r.channels, r.height, r.width, stride, pitch, r.vertical, r.side, front, True)
+
+
+_FEW_PIXELS = 64  # of an image that is worth a copy for every column of a window
+_SPARSE = 0.5  # density of weights up to which the copies pay: dense ones run with vectors along rows
+
+
+def _shifts(layout: Layout, node: Node, graph: Graph) -> bool:
+    """Whether a window reads copies shifted to every column of it, over images without margins.
+
+    These pay where margins would leave many lanes of the vectors empty, as over 4 x 4 pixels.
+    """
+    _, padding, _ = window(node)
+    weight = graph.tensors.get(str(node.inputs[1]))
+    _, height, width = planes_of(layout.shapes[node.outputs[0]])
+    if weight is None or height == 1 or height * width > _FEW_PIXELS:
+        return False
+    run = (height - 1) * (width + max(1, padding[1])) + width
+    fewer = -(-height * width // _VECTOR) <= 0.6 * -(-run // _VECTOR)
+    return fewer and int(weight.count_nonzero()) <= _SPARSE * weight.numel()
+
+
+def _plan_shifts(layout: Layout, node: Node, target: str, kernel: Sequence[int]) -> None:
+    """Planes as high as the window reaches, once for each of its columns; convs of one value share them."""
+    _, padding, dilation = window(node)
+    channels = planes_of(layout.shapes[str(node.inputs[0])])[0]
+    _, height, width = planes_of(layout.shapes[node.outputs[0]])
+    name = f"{node.inputs[0]}/shifts {kernel} {padding} {dilation}"
+    if name not in layout.roots:
+        layout.roots[name] = _Root(channels, height + (kernel[0] - 1) * dilation[0], width)
+        layout.above[name] = name
+    layout.shifted[node.name] = name
+    layout.join(name, target)
 
 
 def phases_of(node: Node) -> str:
@@ -361,17 +415,20 @@ def phases_of(node: Node) -> str:
     return f"{node.inputs[0]}/phases {stride[0]}x{stride[1]}"
 
 
-def _plan_phases(layout: Layout, node: Node, target: str, kernel: Sequence[int]) -> None:
-    """Planes of phases, large enough for every conv that reads them."""
+def _plan_phases(layout: Layout, node: Node, target: str, kernel: Sequence[int], shifts: bool) -> None:
+    """Planes of phases, large enough for every conv that reads them.
+
+    shifts: every column of the window is a phase of its own, so that nothing is read beside them.
+    """
     stride, _, dilation = window(node)
     channels = planes_of(layout.shapes[str(node.inputs[0])])[0]
     _, *out = planes_of(layout.shapes[node.outputs[0]])
-    height, width = (o + (k - 1) * d // s for o, k, d, s in zip(out, kernel, dilation, stride))
     name = phases_of(node)
     if name not in layout.roots:
-        layout.roots[name] = _Root(channels, height, width, pixels=True)
+        layout.roots[name] = _Root(channels, 0, 0, pixels=True, shifts=shifts)
         layout.above[name] = name
     root = layout.roots[name]
-    root.height, root.width = max(root.height, height), max(root.width, width)
+    height, width = (o + (k - 1) * d // s for o, k, d, s in zip(out, kernel, dilation, stride))
+    root.height, root.width = max(root.height, height), max(root.width, out[1] if root.shifts else width)
     layout.strided.setdefault(name, []).append(node)
     layout.join(name, target)
