@@ -10,7 +10,8 @@ import numpy as np
 from espalier.compiler import emit_winograd as winograd
 from espalier.compiler.blocks import LANES_HEIGHT, Choice, choose, choose_conv, choose_groups
 from espalier.compiler.emit import Emitter, fused_activation
-from espalier.compiler.layout import Place, phases_of, planes_of
+from espalier.compiler.layout import Place, planes_of
+from espalier.compiler.plan_layout import phases_of
 from espalier.compiler.program import Operand, Step
 from espalier.compiler.window import Pair, is_depthwise, window
 from espalier.graph.ir import Node
@@ -109,8 +110,8 @@ def _columns(e: Emitter, node: Node, shape: tuple[int, ...], columns: np.ndarray
     y, x = np.divmod(tap, kernel_x)
     (sy, sx), (py, px), (dy, dx) = window(node)
     if node.name in e.layout.shifted:
-        origins = [(-py, k * dx - px) for k in range(kernel_x)]
-        source = _gathered(e, node, e.layout.shifted[node.name], origins)
+        shifted = [(-py, k * dx - px) for k in range(kernel_x)]
+        source = _gathered(e, node, e.layout.shifted[node.name], shifted)
         assert source.storage is not None
         plane, row = source.storage.plane, source.storage.row_stride
         return source, x * (e.layout.shapes[str(node.inputs[0])][0] * plane) + channel * plane + y * dy * row
