@@ -158,7 +158,7 @@ def _storages(density: float, size: int, height: int = 8) -> list[tuple[int, ...
 
 @pytest.mark.parametrize("size", [14, 16, 32])
 def test_small_images_of_sparse_layers_lie_row_by_row(size) -> None:
-    """One row of all channels, then the next; rows of 14 pixels begin with a cache line, 1 x 1 windows want no margins."""
+    """One row of all channels, then the next; 14 pixels begin with a cache line; 1 x 1 windows need no margins."""
     pitches = (16, 16) if size == 14 else (size + 1, size)
     assert _storages(0.1, size)[:2] == [(0, pitch, 16 * pitch, 1) for pitch in pitches]
 
