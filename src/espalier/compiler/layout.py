@@ -23,7 +23,7 @@ from espalier.graph.ir import Graph, Node
 
 VECTOR = 16  # floats
 _ROWS_AT_MOST = 1100  # pixels of an image that lies row by row
-_WASTE = 1.06  # vectors that this may take more than planes
+_WASTE = 1.1  # vectors that this may take more than planes: 28 pixels in two vectors
 # Planes of so many floats begin with a cache line, so that no vector lies in two; and in different sets of the cache.
 _WHOLE_LINES, _ODD_LINES = 48, 144
 _BATCH_STRIDE = 1 << 50  # of the batch dimension while views are worked out; no sample is as large
