@@ -158,7 +158,7 @@ def _storages(density: float, size: int, height: int = 8) -> list[tuple[int, ...
 
 @pytest.mark.parametrize("size", [14, 16, 28, 32])
 def test_small_images_of_sparse_layers_lie_row_by_row(size) -> None:
-    """One row of all channels, then the next, which begin with a cache line if that costs little; no margins for 1 x 1."""
+    """One row of all channels, then the next; they begin with a cache line if that costs little."""
     pitches = {14: (16, 16), 28: (32, 32)}.get(size, (size + 1, size))
     assert _storages(0.1, size)[:2] == [(0, pitch, 16 * pitch, 1) for pitch in pitches]
 
