@@ -26,12 +26,13 @@ typedef struct {
 typedef struct {
     int64_t in[8], out[8], residual[8];
     int lanes[8], stored[8];
-    bool whole; /* all lanes of all vectors count */
+    bool run;   /* the vectors lie one behind the other */
+    bool plain; /* and all lanes of all count */
 } spots;
 
 /* Residual and activation of M rows at V vectors, and every row where it belongs. With clamp, kind is no activation or
- * a clamp between low and high; without, any. */
-ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool add, const bool whole, const block *b,
+ * a clamp between low and high; without, any. Plain: whole vectors, one behind the other. */
+ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool add, const bool plain, const block *b,
     vec acc[8][8], const spots *at, float low, float high)
 {
     /* copies: the compiler must believe that stores change what lies behind pointers */
@@ -42,8 +43,8 @@ ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool ad
     int64_t to_at[8], from_at[8];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) {
-        to_at[v] = at->out[v];
-        from_at[v] = add ? at->residual[v] : 0;
+        to_at[v] = plain ? at->out[0] + v * ESP_WIDTH : at->out[v];
+        from_at[v] = !add ? 0 : plain ? at->residual[0] + v * ESP_WIDTH : at->residual[v];
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
@@ -53,7 +54,7 @@ ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool ad
         const float *residual = add ? from + row * from_stride : NULL;
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) {
-            const int lanes = whole ? ESP_WIDTH : at->lanes[v];
+            const int lanes = plain ? ESP_WIDTH : at->lanes[v];
             vec y = acc[m][v];
             if (add) y += lanes < ESP_WIDTH ? load_part(residual + from_at[v], lanes) : load(residual + from_at[v]);
             y = clamp ? vmin(splat(high), vmax(splat(low), y)) : activate(y, activation, low, high);
@@ -65,25 +66,16 @@ ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool ad
     }
 }
 
-/* M rows at V vectors of pixels. */
-ESP_INLINE void tile(const int M, const int V, const block *b, const spots *at)
+/* The sums of all columns; the vectors lie one behind the other (run), or anywhere. */
+ESP_INLINE void sum_up(const int M, const int V, const bool run, const block *b, const spots *at, vec acc[8][8])
 {
-    const esp_step *s = b->step;
     const float *in = b->in + at->in[0], *values = b->values;
     const int32_t *index = b->index;
+    const int64_t height = b->height, columns = b->columns;
     int64_t apart[8];
-    vec acc[8][8];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; v++) apart[v] = at->in[v] - at->in[0];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-        const int64_t row = b->rows[m] < 0 ? 0 : b->rows[m];
-        const float bias = s->bias ? s->bias[row] : 0.0f;
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++) acc[m][v] = splat(bias);
-    }
-    const int64_t height = b->height;
-    for (int64_t j = 0; j < b->columns; j++, values += height) {
+    for (int v = 0; v < V; v++) apart[v] = run ? v * ESP_WIDTH : at->in[v] - at->in[0];
+    for (int64_t j = 0; j < columns; j++, values += height) {
         const float *x = in + index[j];
         vec pixels[8];
 #pragma GCC unroll 8
@@ -95,12 +87,30 @@ ESP_INLINE void tile(const int M, const int V, const block *b, const spots *at)
             for (int v = 0; v < V; v++) acc[m][v] += w * pixels[v];
         }
     }
+}
+
+/* M rows at V vectors of pixels. */
+ESP_INLINE void tile(const int M, const int V, const block *b, const spots *at)
+{
+    const esp_step *s = b->step;
+    vec acc[8][8];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+        const int64_t row = b->rows[m] < 0 ? 0 : b->rows[m];
+        const float bias = s->bias ? s->bias[row] : 0.0f;
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) acc[m][v] = splat(bias);
+    }
+    if (V > 3 && at->run)
+        sum_up(M, V, true, b, at, acc);
+    else
+        sum_up(M, V, false, b, at, acc);
     const bool clamps = s->activation == ESP_CLAMP;
     const float low = s->activation ? s->act_a : -INFINITY, high = s->activation ? s->act_b : INFINITY;
     if (clamps || s->activation == ESP_LINEAR_ACT) {
-        if (at->whole && b->residual)
+        if (at->plain && b->residual)
             finish(M, V, true, true, true, b, acc, at, low, high);
-        else if (at->whole)
+        else if (at->plain)
             finish(M, V, true, false, true, b, acc, at, low, high);
         else if (b->residual)
             finish(M, V, true, true, false, b, acc, at, low, high);
@@ -167,15 +177,16 @@ ESP_INLINE void flat_spots(spots *at, const esp_step *s, int64_t first, int coun
         at->in[v] = at->out[v] = at->residual[v] = first + v * ESP_WIDTH;
         at->lanes[v] = at->stored[v] = ESP_WIDTH;
     }
-    at->whole = left >= ESP_WIDTH;
-    if (!at->whole) at->lanes[count - 1] = at->stored[count - 1] = (int)left;
+    at->run = true;
+    at->plain = left >= ESP_WIDTH;
+    if (!at->plain) at->lanes[count - 1] = at->stored[count - 1] = (int)left;
 }
 
 /* The next `count` units from (*segment, *vector) on. */
 ESP_INLINE void next_spots(spots *at, const esp_step *s, const cut *c, int64_t *segment, int64_t *vector, int count)
 {
     const int64_t *p = s->param;
-    at->whole = true;
+    at->run = at->plain = false;
     for (int v = 0; v < count; v++) {
         const int64_t pixel = *vector * ESP_WIDTH, left = p[CONV_LENGTH] - pixel;
         at->in[v] = *segment * p[CONV_IN_STRIDE] + pixel;
@@ -183,7 +194,6 @@ ESP_INLINE void next_spots(spots *at, const esp_step *s, const cut *c, int64_t *
         at->residual[v] = *segment * p[CONV_RESIDUAL_STRIDE] + pixel;
         at->lanes[v] = left < ESP_WIDTH ? (int)left : ESP_WIDTH;
         at->stored[v] = left < ESP_WIDTH ? (int)left + c->margin : ESP_WIDTH;
-        at->whole = at->whole && left >= ESP_WIDTH;
         if (++*vector < c->per_segment) continue;
         *vector = 0;
         ++*segment;
@@ -262,6 +272,7 @@ static int64_t bands_of(const esp_step *s, int64_t vectors, int parts)
 {
     const int64_t rows = s->out.size[1] * (s->b.space ? 2 : 1), weights = s->values_count + s->index_count;
     int64_t best = 1, least = INT64_MAX;
+    if (s->param[CONV_CHANNELS] && !bands_pay(&s->out, parts)) return 1;
     for (int64_t bands = 1; bands <= parts && bands <= vectors; bands++) {
         if (parts % bands) continue;
         const int64_t sharers = parts / bands, width = divide_up(vectors, bands);

@@ -67,6 +67,55 @@ static void gather_rows(const esp_step *s, const patch *p, float *out, const flo
     }
 }
 
+/* Small planes without margins, moved as a whole at stride 1: what lies outside the image is masked. A mask for every
+ * vector of every phase. */
+enum { MOST_MASKS = 64, FARTHEST = 64 };
+
+typedef struct {
+    int64_t vectors, last; /* of an output plane, and how many lanes of its last vector count */
+    _Alignas(64) int32_t inside[MOST_MASKS][ESP_WIDTH];
+} masks;
+
+static bool moves_whole(const esp_step *s)
+{
+    const esp_operand *a = &s->a, *o = &s->out;
+    if (s->param[GATHER_STRIDE_Y] != 1 || s->param[GATHER_STRIDE_X] != 1 || a->size[3] != o->size[3]) return false;
+    if (a->stride[3] != 1 || o->stride[3] != 1 || a->stride[2] != a->size[3] || o->stride[2] != o->size[3]) return false;
+    if (o->size[2] > FARTHEST || o->size[3] > FARTHEST || o->size[0] > MOST_MASKS) return false;
+    for (int64_t i = 0; i < s->index_count; i++)
+        if (s->index[i] < -FARTHEST || s->index[i] > FARTHEST) return false;
+    return o->size[0] * ((o->size[2] * o->size[3] + ESP_WIDTH - 1) / ESP_WIDTH) <= MOST_MASKS;
+}
+
+static void fill_masks(const esp_step *s, masks *m)
+{
+    const int64_t width = s->out.size[3], pixels = s->out.size[2] * width;
+    m->vectors = (pixels + ESP_WIDTH - 1) / ESP_WIDTH;
+    m->last = pixels - (m->vectors - 1) * ESP_WIDTH;
+    for (int64_t n = 0; n < s->out.size[0]; n++)
+        for (int64_t i = 0, y = s->index[2 * n], x = 0; i < m->vectors * ESP_WIDTH; i++) {
+            const int64_t from = x + s->index[2 * n + 1];
+            m->inside[n * m->vectors + i / ESP_WIDTH][i % ESP_WIDTH] =
+                y >= 0 && y < s->a.size[2] && from >= 0 && from < width ? -1 : 0;
+            if (++x < width) continue;
+            x = 0;
+            y++;
+        }
+}
+
+/* Plane `in` as phase n, pixel (0, 0) of which lies `from` floats before or behind pixel (0, 0) of the image. */
+static void move_whole(const masks *m, int64_t n, float *out, const float *in, int64_t from)
+{
+    for (int64_t v = 0; v < m->vectors; v++) {
+        const ivec inside = *(const ivec *)m->inside[n * m->vectors + v];
+        const vec x = choose(inside, load(in + from + v * ESP_WIDTH), (vec){0});
+        if (v < m->vectors - 1 || m->last == ESP_WIDTH)
+            store(out + v * ESP_WIDTH, x);
+        else
+            store_part(out + v * ESP_WIDTH, x, (int)m->last);
+    }
+}
+
 /* The phases of a strided window: out[n, c] is the phase that begins at index[2 n], index[2 n + 1] of in[c]. */
 void ESP_NAME(gather)(const esp_step *s, const esp_frame *f, int part, int parts)
 {
@@ -76,8 +125,18 @@ void ESP_NAME(gather)(const esp_step *s, const esp_frame *f, int part, int parts
     for (int d = 1; d < 4; d++) end += (a->size[d] - 1) * a->stride[d];
     const patch p = share_planes(&s->out, part, parts, by_rows(&s->out));
     const int64_t channels = s->out.size[1];
+    const bool whole = moves_whole(s) && p.row == 0 && p.last_row == s->out.size[2];
+    masks m;
+    if (whole) fill_masks(s, &m);
     for (int64_t i = p.plane; i < p.last_plane; i++) {
-        const int64_t n = i / channels, c = i % channels;
+        const int64_t n = i / channels, c = i % channels, row = s->index[2 * n] * a->stride[2];
+        /* the planes beside this one are read with it: the first and the last have none */
+        const int64_t first = c * a->stride[1] + row + s->index[2 * n + 1], last = first + (whole ? m.vectors * ESP_WIDTH : 0);
+        if (whole && first >= 0 && last <= (channels - 1) * a->stride[1]) {
+            move_whole(&m, n, out + n * s->out.stride[0] + c * s->out.stride[1], in + c * a->stride[1],
+                row + s->index[2 * n + 1]);
+            continue;
+        }
         gather_rows(s, &p, out + n * s->out.stride[0] + c * s->out.stride[1], in + c * a->stride[1], end,
             s->index[2 * n], s->index[2 * n + 1]);
     }

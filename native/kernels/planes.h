@@ -73,13 +73,15 @@ typedef struct {
  * which others write. */
 enum { LEAST_BAND = 1024 };
 
+static inline bool bands_pay(const esp_operand *o, int parts) { return o->size[2] / parts * o->size[3] >= LEAST_BAND; }
+
 /* Share `part` of the planes of `o`: a band of the rows of all of them, which a thread has in its own cache since steps
  * with weights share out pixels; or whole planes, where bands would be too narrow. */
 static inline patch share_planes(const esp_operand *o, int part, int parts, bool narrow)
 {
     const int64_t planes = o->size[0] * o->size[1], rows = o->size[2];
     patch p = {0, planes, 0, rows};
-    if (rows >= parts && (narrow || rows / parts * o->size[3] >= LEAST_BAND || planes < parts))
+    if (rows >= parts && (narrow || bands_pay(o, parts) || planes < parts))
         share(rows, part, parts, &p.row, &p.last_row);
     else
         share(planes, part, parts, &p.plane, &p.last_plane);

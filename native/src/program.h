@@ -84,7 +84,8 @@ enum {
     CONV_IN_STRIDE, /* from segment to segment */
     CONV_OUT_STRIDE,
     CONV_RESIDUAL_STRIDE,
-    CONV_CHUNK, /* pixels worked on at once, so that they stay in the cache */
+    CONV_CHUNK,    /* pixels worked on at once, so that they stay in the cache */
+    CONV_CHANNELS, /* not 0: who reads the output shares out channels, where images are small */
 };
 enum {
     LINEAR_HEIGHT = 0,

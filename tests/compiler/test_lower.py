@@ -143,3 +143,33 @@ class RolledWeight(nn.Module):
 def test_what_depends_on_no_input_is_no_piece() -> None:
     (piece,) = split(capture(RolledWeight().eval(), torch.randn(2, 6)))
     assert piece.program is not None and not piece.reasons
+
+
+def _storages(density: float, size: int, height: int = 8) -> list[tuple[int, ...]]:
+    """Strides of what the convs write whose weights lose blocks of `height` rows."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(16, 16, 3, 1, 1), nn.Conv2d(16, 16, 3, 1, 1), nn.Conv2d(16, 16, 1)]
+    with torch.no_grad():
+        for conv in layers:
+            conv.weight *= (torch.rand(16 // height, *conv.weight.shape[1:]) < density).repeat_interleave(height, 0)
+    program = lower(graph_of(*layers, shape=(16, size, size)))
+    return [step.out.strides for step in program.steps if step.op == "conv"]
+
+
+@pytest.mark.parametrize("size", [14, 16, 28, 32])
+def test_small_images_of_sparse_layers_lie_row_by_row(size) -> None:
+    """One row of all channels, then the next; they begin with a cache line if that costs little."""
+    pitches = {14: (16, 16), 28: (32, 32)}.get(size, (size + 1, size))
+    assert _storages(0.1, size)[:2] == [(0, pitch, 16 * pitch, 1) for pitch in pitches]
+
+
+@pytest.mark.parametrize(("density", "size", "height"), [(1.0, 14, 8), (0.1, 14, 1), (0.1, 21, 8), (0.1, 56, 8)])
+def test_other_images_lie_in_planes(density, size, height) -> None:
+    """Those of dense layers, of layers that lost single weights, and those whose rows leave lanes empty."""
+    assert all(plane > row for _, plane, row, _ in _storages(density, size, height)[:2])
+
+
+def test_convs_know_that_depthwise_ones_read_them() -> None:
+    """Threads share out the channels of both."""
+    program = lower(graph_of(nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 3, 1, 1, groups=16), nn.Conv2d(16, 8, 1)))
+    assert [step.params[7] for step in program.steps if step.op == "conv"] == [1, 0]

@@ -91,6 +91,16 @@ class Tokens(nn.Module):
         return large, F.interpolate(made, scale_factor=3), q @ k.transpose(1, 2)
 
 
+def narrow(stride: int) -> nn.Sequential:
+    """Windows whose rows lose columns by eights: images row by row, shifted copies, phases of both."""
+    layers = [nn.Conv2d(16, 24, 3, 1, 1), nn.Conv2d(24, 24, 3, stride, 1), nn.Conv2d(24, 16, 3, 1, 1)]
+    with torch.no_grad():
+        for conv in layers:
+            rows, *rest = conv.weight.shape
+            conv.weight *= (torch.rand(rows // 8, *rest) < 0.2).repeat_interleave(8, 0)
+    return nn.Sequential(*layers)
+
+
 NETWORKS = {
     "everything": (Everything, (3, 13, 12)),
     "sparse": (lambda: sparse(nn.Sequential(nn.Conv2d(8, 37, 3, padding=1), nn.Conv2d(37, 5, 1)), 0.2), (8, 15, 17)),
@@ -99,6 +109,8 @@ NETWORKS = {
     "strided": (strided, (3, 33, 31)),
     "pools": (Pools, (3, 19, 43)),
     "winograd": (lambda: nn.Sequential(nn.Conv2d(33, 40, 3, padding=1), nn.Conv2d(40, 35, 3, padding=1)), (33, 21, 18)),
+    "rows": (lambda: narrow(1), (16, 14, 14)),
+    "shifts": (lambda: narrow(2), (16, 8, 8)),
     "attention": (Tokens, (7, 12)),
     "tokens": (lambda: nn.Sequential(nn.Linear(12, 33), nn.GELU(), nn.Linear(33, 12)), (7, 12)),
     "heavy": (lambda: nn.Sequential(nn.Linear(70, 3900), nn.ReLU(), nn.Linear(3900, 70)), (70,)),

@@ -101,3 +101,22 @@ def test_phases_that_no_weight_reads_are_not_gathered(check_network) -> None:
     with torch.no_grad():
         conv.weight.zero_()
     check_network(Fork(conv, nn.Conv2d(6, 8, 1, 2)), (3, 12, 12))
+
+
+@pytest.mark.parametrize("density", [0.1, 0.4])
+@pytest.mark.parametrize(("channels", "height", "width"), [(1, 4, 4), (24, 4, 4), (9, 2, 8), (17, 5, 3)])
+def test_small_images_are_shifted(isa, channels, height, width, density, check_network) -> None:
+    """A vector holds whole rows: one copy of the planes for every column of a window, made once for two convs."""
+    torch.manual_seed(0)
+    branches = [nn.Conv2d(6, 8, 3, 1, 1), nn.Conv2d(6, 8, 3, 1, 1), nn.Conv2d(6, 8, (1, 5), 1, (0, 2))]
+    net = Fork(*branches)
+    net.stem = nn.Conv2d(channels, 6, 3, padding=1)
+    pruned(net, 1, density)
+    executable = check_network(net, (channels, height, width))
+    assert [sizes for sizes in gathers(executable) if sizes[1] == 6] == [(3, 6), (5, 6)]
+    flat = [step for step in executable.steps() if step.op == "conv"]
+    assert all(step.params[1] == 1 for step in flat), "row by row"
+
+
+def test_dense_windows_over_small_images_are_not_shifted(check_network) -> None:
+    assert gathers(check_network(nn.Sequential(nn.Conv2d(6, 40, 3, 1, 1), nn.Conv2d(40, 40, 3, 1, 1)), (6, 4, 4))) == []

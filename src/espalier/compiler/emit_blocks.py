@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,10 +10,11 @@ import numpy as np
 from espalier.compiler import emit_winograd as winograd
 from espalier.compiler.blocks import LANES_HEIGHT, Choice, choose, choose_conv, choose_groups
 from espalier.compiler.emit import Emitter, fused_activation
-from espalier.compiler.layout import Place, phases_of, planes_of
+from espalier.compiler.layout import Place, planes_of
+from espalier.compiler.plan_layout import phases_of
 from espalier.compiler.program import Operand, Step
-from espalier.compiler.window import Pair, window
-from espalier.graph.ir import Graph, Node
+from espalier.compiler.window import Pair, is_depthwise, window
+from espalier.graph.ir import Node
 
 _CHUNK_FLOATS = 48 * 1024  # of activations that a chunk reads: they should stay in half of a small L2 cache
 
@@ -33,7 +35,7 @@ def conv(e: Emitter, node: Node) -> None:
     assert out.storage is not None
     choice = choose_conv(matrices, height, width, width if out.storage.by_rows else out.storage.row_stride)
     b = Operand() if residual is None else _residual(e, residual, out).operand()
-    if winograd.pays(node, w, height, width, choice.work):
+    if node.name not in e.layout.shifted and winograd.pays(node, w, height, width, choice.work):
         winograd.winograd(e, node, w, out, e.array(bias), b)
         return
     source, index = _columns(e, node, w.shape, choice.blocks.columns)
@@ -54,11 +56,17 @@ def conv(e: Emitter, node: Node) -> None:
             b=b,
             activation=fused_activation(node),
             front=out.front(),
-            params=(choice.blocks.height, *segments, chunk),
+            params=(choice.blocks.height, *segments, chunk, int(_read_by_channels(e, node.outputs[0]))),
             arrays=_arrays(choice, index, e.array(bias)),
             **_facts(node, choice, w),
         )
     )
+
+
+def _read_by_channels(e: Emitter, value: str) -> bool:
+    """Whether depthwise convs are all that reads a value: threads share out their channels."""
+    readers = e.graph.readers().get(value, ())
+    return bool(readers) and all(reader.op == "conv" and is_depthwise(e.graph, reader) for reader in readers)
 
 
 def _residual(e: Emitter, value: str, out: Place) -> Place:
@@ -101,12 +109,19 @@ def _columns(e: Emitter, node: Node, shape: tuple[int, ...], columns: np.ndarray
     channel, tap = np.divmod(columns.astype(np.int64), kernel_y * kernel_x)
     y, x = np.divmod(tap, kernel_x)
     (sy, sx), (py, px), (dy, dx) = window(node)
+    if node.name in e.layout.shifted:
+        shifted = [(-py, k * dx - px) for k in range(kernel_x)]
+        source = _gathered(e, node, e.layout.shifted[node.name], shifted)
+        assert source.storage is not None
+        plane, row = source.storage.plane, source.storage.row_stride
+        return source, x * (e.layout.shapes[str(node.inputs[0])][0] * plane) + channel * plane + y * dy * row
     if sy == sx == 1:
         source = e.planes(str(node.inputs[0]), py, px)
         assert source.storage is not None
         plane, row = source.storage.plane, source.storage.row_stride
         return source, channel * plane + (y * dy - py) * row + (x * dx - px)
-    (far_y, origin_y), (far_x, origin_x) = np.divmod(y * dy, sy), np.divmod(x * dx, sx)
+    shifts = e.layout.roots[phases_of(node)].shifts
+    (far_y, origin_y), (far_x, origin_x) = np.divmod(y * dy, sy), np.divmod(x * dx, 1 << 30 if shifts else sx)
     origins = np.stack([origin_y - py, origin_x - px], axis=1)
     source = _phases(e, node, {(int(a), int(b)) for a, b in np.unique(origins, axis=0)})
     assert source.storage is not None
@@ -122,12 +137,21 @@ def _phases(e: Emitter, node: Node, used: set[Pair]) -> Place:
 
     used: where those that this conv reads begin. The first to read a value with this stride gathers for all.
     """
-    value, name = str(node.inputs[0]), phases_of(node)
+    name = phases_of(node)
+    if name not in e.phases:
+        for other in e.layout.strided[name]:
+            used = used | (_origins(other, e) if other is not node else set())
+    return _gathered(e, node, name, sorted(used) or [(0, 0)])
+
+
+def _gathered(e: Emitter, node: Node, name: str, origins: Sequence[Pair]) -> Place:
+    """What begins at each of `origins` of the value that a conv reads, in steps of its stride; made once for all convs.
+
+    name: of the root that holds it.
+    """
+    value = str(node.inputs[0])
     if name in e.phases:
         return e.phases[name][0]
-    for other in e.layout.strided[name]:
-        used = used | (_origins(other, e.graph) if other is not node else set())
-    origins = sorted(used) or [(0, 0)]
     channels = e.layout.roots[name].channels
     storage = e.use(e.layout.storage(name, len(origins)))
     place = Place((storage.channels, storage.height, storage.width), (storage.plane, storage.row_stride, 1), 0, storage)
@@ -143,12 +167,13 @@ def _phases(e: Emitter, node: Node, used: set[Pair]) -> Place:
     return place
 
 
-def _origins(node: Node, graph: Graph) -> set[Pair]:
+def _origins(node: Node, e: Emitter) -> set[Pair]:
     """Where the phases begin that the window of a strided conv can read."""
-    stride, padding, dilation = window(node)
-    kernel = [1, *graph.values[str(node.inputs[1])].shape[2:]][-2:]
-    down, across = ({k * d % s - p for k in range(n)} for n, s, p, d in zip(kernel, stride, padding, dilation))
-    return {(y, x) for y in down for x in across}
+    (sy, sx), (py, px), (dy, dx) = window(node)
+    kernel_y, kernel_x = [1, *e.graph.values[str(node.inputs[1])].shape[2:]][-2:]
+    shifts = e.layout.roots[phases_of(node)].shifts
+    across = {k * dx - px if shifts else k * dx % sx - px for k in range(kernel_x)}
+    return {(k * dy % sy - py, x) for k in range(kernel_y) for x in across}
 
 
 def _conv_at_one_pixel(e: Emitter, node: Node, w: np.ndarray, matrices: list[np.ndarray], out: Place) -> None:

@@ -14,17 +14,16 @@ Concatenations along channels are laid out first and their parts written in plac
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from types import MappingProxyType
 
 import torch
 
 from espalier.compiler.program import Four, Operand, Space, dense_strides
-from espalier.compiler.window import is_depthwise, window
 from espalier.graph.ir import Graph, Node
 
+VECTOR = 16  # floats
+_ROWS_AT_MOST = 1100  # pixels of an image that lies row by row
+_WASTE = 1.1  # vectors that this may take more than planes: 28 pixels in two vectors
 # Planes of so many floats begin with a cache line, so that no vector lies in two; and in different sets of the cache.
 _WHOLE_LINES, _ODD_LINES = 48, 144
 _BATCH_STRIDE = 1 << 50  # of the batch dimension while views are worked out; no sample is as large
@@ -55,8 +54,8 @@ class Storage:
 
     @property
     def size_bytes(self) -> int:
-        rows = self.height + self.vertical
-        return 4 * (self.front + (rows * self.row_stride if self.by_rows else self.channels * self.plane))
+        rows = (self.height + self.vertical) * self.row_stride + 2 * VECTOR  # nothing lies behind the last row
+        return 4 * (self.front + (rows if self.by_rows else self.channels * self.plane))
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def view(source: Place, function: object, batch: int, node_attrs: dict[str, obje
 
 
 @dataclass
-class _Root:
+class Root:
     """A storage in the making."""
 
     channels: int
@@ -155,8 +154,9 @@ class _Root:
     width: int
     vertical: int = 0
     side: int = 0
-    viewed: bool = False  # other values are parts or views of it: they are planes
+    planes: bool = False  # it lies in planes: other values are parts or views of it, or a conv wants them
     pixels: bool = False  # a convolution reads or writes it
+    shifts: bool = False  # of phases: every column of a window has one of its own
 
 
 @dataclass
@@ -171,9 +171,10 @@ class Layout:
     inputs: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
     home: dict[str, tuple[str, int]] = field(default_factory=dict)
-    roots: dict[str, _Root] = field(default_factory=dict)
+    roots: dict[str, Root] = field(default_factory=dict)
     above: dict[str, str] = field(default_factory=dict)  # union-find over roots: equal row strides
     strided: dict[str, list[Node]] = field(default_factory=dict)  # root of phases -> the convs that read them
+    shifted: dict[str, str] = field(default_factory=dict)  # conv -> root of the shifted planes that it reads
 
     def storage(self, root: str, times: int = 1) -> Storage:
         """The finished storage of a root, with `times` its channels."""
@@ -224,7 +225,7 @@ class Layout:
     # -- while planning --
 
     def add(self, name: str, shape: tuple[int, ...]) -> None:
-        self.roots[name] = _Root(*planes_of(shape))
+        self.roots[name] = Root(*planes_of(shape))
         self.above[name] = name
 
     def need(self, root: str, vertical: int, side: int) -> None:
@@ -243,135 +244,20 @@ class Layout:
         return name
 
 
-def plan_layout(
-    graph: Graph,
-    nodes: tuple[Node, ...],
-    inputs: tuple[str, ...],
-    fresh: set[str],
-    strange: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
-) -> Layout:
-    """Storages for the values that `nodes` write.
-
-    fresh: the values that steps write, rather than views of others. strange: shapes of those for one sample whose batch
-    is not their first dimension.
-    """
-    shapes = {name: tuple(value.shape[1:]) for name, value in graph.values.items() if value.shape} | dict(strange)
-    layout = Layout(graph, inputs, shapes)
-    parts = _channel_parts(nodes, shapes, fresh)
-    for node in nodes:
-        for name in node.outputs:
-            if 1 <= len(shapes[name]) <= 3 and name in fresh and name not in parts:
-                layout.add(name, shapes[name])
-    for name in [n for node in nodes for n in node.outputs]:
-        root, channel = name, 0
-        while root in parts:
-            root, channel = parts[root][0], channel + parts[root][1]
-        if root in layout.roots:
-            layout.home[name] = (root, channel)
-            layout.roots[root].viewed |= root != name
-    for node in nodes:
-        if not fresh.issuperset(node.outputs):
-            for root in {layout.home[n][0] for n in node.inputs if n in layout.home}:
-                layout.roots[root].viewed = True
-        if node.op == "conv":
-            _plan_conv(layout, node, graph)
-        elif node.op in ("add", "sub", "mul", "div"):
-            homes = [layout.home[n][0] for n in (*node.inputs, *node.outputs) if n in layout.home]
-            for a, b in pairwise(homes):
-                if layout.roots[a].height == layout.roots[b].height:
-                    layout.join(a, b)
-    return layout
-
-
-def _channel_parts(
-    nodes: tuple[Node, ...], shapes: dict[str, tuple[int, ...]], fresh: set[str]
-) -> dict[str, tuple[str, int]]:
-    """value -> (value whose storage it is part of, first channel there)."""
-    parts: dict[str, tuple[str, int]] = {}
-    for node in nodes:
-        names = [n for n in node.inputs if n is not None]
-        if node.op == "concat" and node.attrs["dim"] in (1, 1 - len(shapes[names[0]]) - 1):
-            channel = 0
-            for name in names:
-                if name in fresh and name not in parts and names.count(name) == 1 and len(shapes[name]) in (1, 2, 3):
-                    parts[name] = (node.outputs[0], channel)
-                channel += shapes[name][0]
-        elif node.op in ("slice", "split") and node.attrs["dim"] == 1 and len(shapes[names[0]]) in (2, 3):
-            if node.op == "slice" and node.attrs["step"] != 1:
-                continue
-            channel = node.attrs.get("start", 0) or 0
-            channel += shapes[names[0]][0] if channel < 0 else 0
-            for name in node.outputs:
-                parts[name] = (names[0], channel)
-                channel += shapes[name][0]
-    return parts
-
-
-def _plan_conv(layout: Layout, node: Node, graph: Graph) -> None:
-    """Margins for a window of stride 1, and equal row strides of what it reads and writes."""
-    source, out = str(node.inputs[0]), node.outputs[0]
-    kernel = graph.values[str(node.inputs[1])].shape[2:]
-    home = layout.home[source][0] if source in layout.home else None
-    target = layout.home[out][0]
-    for root in {home, target} - {None}:
-        layout.roots[str(root)].pixels = True
-    if is_depthwise(graph, node):  # reads planes of any kind, in the arena
-        if home is None and f"{source}/planes" not in layout.roots:
-            layout.add(f"{source}/planes", layout.shapes[source])
-    elif all(s == 1 for s in node.attrs["stride"]):
-        padding = [0, *node.attrs["padding"]][-2:]
-        if home is None:
-            home = f"{source}/planes"
-            if home not in layout.roots:
-                layout.add(home, layout.shapes[source])
-        layout.need(home, padding[0], padding[1])
-        layout.join(home, target)
-    else:
-        _plan_phases(layout, node, target, [1, *kernel][-2:])
-    residual = node.inputs[3] if len(node.inputs) > 3 else None
-    if residual in layout.home:
-        layout.join(layout.home[residual][0], target)
-
-
-_ROWS_AT_MOST = 1100  # pixels of an image that lies row by row
-_WASTE = 1.06  # vectors that this may take more than planes
-
-
-def _by_rows(r: _Root, row_stride: int) -> bool:
+def _by_rows(r: Root, row_stride: int) -> bool:
     """Whether an image lies row by row: where its rows take about as few vectors as a run over the plane."""
-    if r.viewed or not r.pixels or r.channels == 1 or r.height == 1 or r.height * r.width > _ROWS_AT_MOST:
+    narrow = r.channels * r.width <= r.side + VECTOR  # `front` would no longer say how many rows of margin there are
+    if r.planes or not r.pixels or narrow or r.channels == 1 or r.height == 1 or r.height * r.width > _ROWS_AT_MOST:
         return False
     run = (r.height - 1) * row_stride + r.width
-    return r.height * -(-r.width // 16) <= _WASTE * -(-run // 16)
+    return r.height * -(-r.width // VECTOR) <= _WASTE * -(-run // VECTOR)
 
 
-def _in_rows(name: str, r: _Root) -> Storage:
+def _in_rows(name: str, r: Root) -> Storage:
     """Rows begin with a cache line where that takes little more memory."""
     pitch = r.width + r.side
-    whole = -(-pitch // 16) * 16
+    whole = -(-pitch // VECTOR) * VECTOR
     pitch = whole if whole <= 1.15 * pitch else pitch
     stride = r.channels * pitch
-    front = -(-(r.vertical * stride + r.side) // 16) * 16
+    front = -(-max(1, r.vertical * stride + r.side) // VECTOR) * VECTOR  # vectors may begin before the first pixel
     return Storage(name, r.channels, r.height, r.width, stride, pitch, r.vertical, r.side, front, True)
-
-
-def phases_of(node: Node) -> str:
-    """The root of the phases that a strided conv reads. Convs of one value with one stride share them."""
-    stride, _, _ = window(node)
-    return f"{node.inputs[0]}/phases {stride[0]}x{stride[1]}"
-
-
-def _plan_phases(layout: Layout, node: Node, target: str, kernel: Sequence[int]) -> None:
-    """Planes of phases, large enough for every conv that reads them."""
-    stride, _, dilation = window(node)
-    channels = planes_of(layout.shapes[str(node.inputs[0])])[0]
-    _, *out = planes_of(layout.shapes[node.outputs[0]])
-    height, width = (o + (k - 1) * d // s for o, k, d, s in zip(out, kernel, dilation, stride))
-    name = phases_of(node)
-    if name not in layout.roots:
-        layout.roots[name] = _Root(channels, height, width, pixels=True)
-        layout.above[name] = name
-    root = layout.roots[name]
-    root.height, root.width = max(root.height, height), max(root.width, width)
-    layout.strided.setdefault(name, []).append(node)
-    layout.join(name, target)

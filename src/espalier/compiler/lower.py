@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from espalier.compiler.depth_first import depth_first
 from espalier.compiler.emit import Emitter
 from espalier.compiler.fuse import fold_constants, fuse
-from espalier.compiler.layout import Place, plan_layout
+from espalier.compiler.layout import Place
 from espalier.compiler.memory import Interval, allocate, in_place
+from espalier.compiler.plan_layout import plan_layout
 from espalier.compiler.program import Operand, Program, Step, TensorSpec, dense_strides
 from espalier.compiler.samples import follows, track
 from espalier.compiler.support import LOWERINGS, why_not
