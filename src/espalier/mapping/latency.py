@@ -232,16 +232,20 @@ def _rows(
     seen: defaultdict[str, list[float]],
 ) -> Rows:
     """Table rows of a batch, the medians of what was `seen` so far: of equal layers, and of what every batch holds."""
-    # Milliseconds are all that a shelf holds, and an overhead may be below zero: it is kept beside the steps' sum.
+    # The sum of the steps' lower quartiles is less than the lower quartile of their sums, the more so in long programs:
+    # what a call took beyond its steps belongs to them, except for its own overhead, which is taken from the program
+    # where least is left over.
+    spare = min(profile.whole_ms - sum(profile.steps.values()) for profile in profiles)
     for wanted, profile in zip(batch, profiles):
         spent, other = probe.attribute(profile)
+        longer = (profile.whole_ms - spare) / (sum(profile.steps.values()) or 1.0)
         for site, ms in spent.items():
-            seen[_key(probe.layers[site], *wanted.get(site, (None, 1.0)))].append(ms)
-        spare = profile.whole_ms - sum(profile.steps.values())
-        seen[f"{network} | rest"].append(other)
-        seen[f"{network} | overhead"].append(max(0.0, spare))
-        seen[f"{network} | saved"].append(max(0.0, -spare))
+            seen[_key(probe.layers[site], *wanted.get(site, (None, 1.0)))].append(ms * longer)
+        seen[f"{network} | rest"].append(other * longer)
         seen[f"{network} | steps"].append(float(len(profile.steps)))
+    # Milliseconds are all that a shelf holds, and an overhead may be below zero: what it saves is kept beside it.
+    seen[f"{network} | overhead"].append(max(0.0, spare))
+    seen[f"{network} | saved"].append(max(0.0, -spare))
     return {key: statistics.median(values) for key, values in seen.items()}
 
 
