@@ -119,6 +119,19 @@ def test_a_table_that_is_off_is_corrected(net: Net, model: LatencyModel) -> None
     assert made.predicted.latency_ms < 0.9 * made.dense.latency_ms / wanted
 
 
+def test_a_table_that_jumps_is_corrected_from_both_sides(net: Net, model: LatencyModel) -> None:
+    """Up to a density the engine is much faster than the table says, beyond it slower: proportion alone would swing."""
+    clock = CountingClock()
+
+    def jumpy(graphs, threads):
+        whole, cut = clock(graphs, threads)
+        share = cut.whole_ms / whole.whole_ms
+        return [whole, type(cut)(cut.steps, cut.whole_ms * (0.7 if share < 0.65 else 1.1))]
+
+    made = propose(net, example(), Targets(speedup=2.2), latency=model, clock=jumpy)
+    assert made.measured_speedup == pytest.approx(2.2, rel=0.05)
+
+
 def test_several_targets_at_once(net: Net, model: LatencyModel) -> None:
     made = asked(net, model, speedup=1.5, macs=0.3, size_mb=0.012)
     assert made.predicted.latency_ms <= made.dense.latency_ms / 1.5 * 1.03

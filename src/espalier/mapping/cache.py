@@ -9,6 +9,8 @@ from pathlib import Path
 from espalier import compiler
 from espalier.runtime.cache import Shelf, identity
 
+FORMAT = 4  # of what is measured, and how
+
 
 def shelf(threads: int) -> Shelf:
     """The table of this machine for so many threads, made with the engine and the compiler as they are.
@@ -16,7 +18,7 @@ def shelf(threads: int) -> Shelf:
     >>> shelf(threads=1).read()
     {}
     """
-    return Shelf("latency", {**identity(threads), "compiler": _compiler(), "samples": 1})
+    return Shelf("latency", {**identity(threads), "compiler": _compiler(), "table": FORMAT})
 
 
 @functools.cache

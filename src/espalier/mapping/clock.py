@@ -13,16 +13,17 @@ from espalier.graph.ir import Graph
 from espalier.runtime import compile
 from espalier.runtime.executable import Executable
 
-# Rounds of one program: as many as fill the time, within bounds. A few programs share what many would take: then it is
-# a plan that is checked, and one number decides.
-LEAST, MOST, SECONDS = 5, 300, 0.1
+# Turns of one program: as many as fill the time. A few programs share what many would take: then it is a plan that is
+# checked, and one number decides.
+LEAST, SECONDS = 5, 0.2
 SHARED_LEAST, SHARED_SECONDS = 30, 1.0
+TURN = 0.01  # as in `bench`: a large network's weights take some runs to settle in the caches
 QUANTILE = 0.25  # the median of the faster half: what other programs add to the slower half is not the network's
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Milliseconds of one run: of every native step by its name, and of the whole call; lower quartiles of rounds."""
+    """Milliseconds of one run: of every native step by its name, and of the whole call; lower quartiles of turns."""
 
     steps: dict[str, float]
     whole_ms: float
@@ -35,37 +36,41 @@ Clock = Callable[[Sequence[Graph], int], list[Profile]]
 def engine_clock(graphs: Sequence[Graph], threads: int) -> list[Profile]:
     """Compile the graphs, and time them on one random sample in turns.
 
-    A round runs a program three times: to bring its weights and activations to where they are in steady use, with the
-    whole call timed, and with every step timed. With one thread the whole call counts in processor time, which on a
-    quiet machine is the wall clock's, and on a busy one leaves out the turns that other programs had meanwhile.
+    A turn runs a program once, to bring its weights and activations to where they are in steady use, and then often
+    enough to fill `TURN` seconds: with whole calls timed together, and as often with every step timed. With one thread
+    whole calls count in processor time, which on a quiet machine is the wall clock's, and on a busy one leaves out the
+    turns that other programs had meanwhile.
     """
     now = time.thread_time if threads == 1 else time.perf_counter
     programs = [compile(graph, threads=threads) for graph in graphs]
     given = [_inputs(graph) for graph in graphs]
-    rounds = [_rounds(program, x, len(programs)) for program, x in zip(programs, given)]
+    plans = [_turns(program, x, len(programs)) for program, x in zip(programs, given)]
     seen: list[list[dict[str, float]]] = [[] for _ in graphs]
     whole: list[list[float]] = [[] for _ in graphs]
-    for turn in range(max(rounds, default=0)):
-        for k, program in enumerate(programs):
-            if turn < rounds[k]:
+    for turn in range(max((turns for turns, _ in plans), default=0)):
+        for k, (program, (turns, runs)) in enumerate(zip(programs, plans)):
+            if turn < turns:
                 program(*given[k])
                 start = now()
-                program(*given[k])
-                whole[k].append((now() - start) * 1e3)
-                seen[k].append(program.profile(*given[k]))
+                for _ in range(runs):
+                    program(*given[k])
+                whole[k].append((now() - start) / runs * 1e3)
+                seen[k] += [program.profile(*given[k]) for _ in range(runs)]
     return [
         Profile({name: _quantile([row[name] for row in rows]) for name in rows[0]}, _quantile(calls))
         for rows, calls in zip(seen, whole)
     ]
 
 
-def _rounds(program: Executable, given: list[np.ndarray], among: int) -> int:
-    """How many of one program among so many."""
+def _turns(program: Executable, given: list[np.ndarray], among: int) -> tuple[int, int]:
+    """How many turns of one program among so many, and how many runs in each."""
     program(*given)
     start = time.perf_counter()
     program(*given)
-    fill = max(SECONDS, SHARED_SECONDS / among) / max(1e-6, 3 * (time.perf_counter() - start))
-    return max(LEAST, SHARED_LEAST // among, min(MOST, int(fill)))
+    once = max(1e-6, time.perf_counter() - start)
+    runs = max(1, int(TURN / once))
+    fill = max(SECONDS, SHARED_SECONDS / among) / ((2 * runs + 1) * once)
+    return max(LEAST, SHARED_LEAST // among, int(fill)), runs
 
 
 def _quantile(values: list[float]) -> float:

@@ -47,8 +47,8 @@ class LatencyModel:
     """What a network takes, by layer.
 
     layers: site -> layer. dense: site -> milliseconds unpruned. curves: (site, label of a candidate) -> curve.
-    rest_ms: the steps that belong to no site. overhead_ms: of the whole call beyond its steps (it may come out below
-    zero, where reading the clock at every step costs more than the call). steps: how many there are.
+    rest_ms: the steps that belong to no site. overhead_ms: of the whole call beyond its steps. steps: how many
+    there are.
     """
 
     layers: Mapping[str, Layer]
@@ -63,7 +63,7 @@ class LatencyModel:
     @property
     def fixed_ms(self) -> float:
         """What no plan changes: other steps and overhead."""
-        return max(0.0, self.rest_ms + self.overhead_ms)
+        return self.rest_ms + self.overhead_ms
 
     @property
     def dense_ms(self) -> float:
@@ -232,16 +232,17 @@ def _rows(
     seen: defaultdict[str, list[float]],
 ) -> Rows:
     """Table rows of a batch, the medians of what was `seen` so far: of equal layers, and of what every batch holds."""
-    # Milliseconds are all that a shelf holds, and an overhead may be below zero: it is kept beside the steps' sum.
+    # Steps and whole calls are measured apart, and lower quartiles do not add up: what a call took is shared out over
+    # its steps, except for its own overhead, which is taken from the program where least is left over.
+    overhead = max(0.0, min(profile.whole_ms - sum(profile.steps.values()) for profile in profiles))
     for wanted, profile in zip(batch, profiles):
         spent, other = probe.attribute(profile)
+        longer = (profile.whole_ms - overhead) / (sum(profile.steps.values()) or 1.0)
         for site, ms in spent.items():
-            seen[_key(probe.layers[site], *wanted.get(site, (None, 1.0)))].append(ms)
-        spare = profile.whole_ms - sum(profile.steps.values())
-        seen[f"{network} | rest"].append(other)
-        seen[f"{network} | overhead"].append(max(0.0, spare))
-        seen[f"{network} | saved"].append(max(0.0, -spare))
+            seen[_key(probe.layers[site], *wanted.get(site, (None, 1.0)))].append(ms * longer)
+        seen[f"{network} | rest"].append(other * longer)
         seen[f"{network} | steps"].append(float(len(profile.steps)))
+    seen[f"{network} | overhead"].append(overhead)
     return {key: statistics.median(values) for key, values in seen.items()}
 
 
@@ -272,13 +273,12 @@ def _model(
                 points.insert(0, (1.0, dense[site]))
             at, ms = np.array(points[::-1]).T
             curves[site, candidate.label] = Curve(at, rising(ms))
-    overhead = rows.get(f"{network} | overhead", 0.0) - rows.get(f"{network} | saved", 0.0)
     return LatencyModel(
         found,
         dense,
         curves,
         rows.get(f"{network} | rest", 0.0),
-        overhead,
+        rows.get(f"{network} | overhead", 0.0),
         int(rows.get(f"{network} | steps", 0)),
         threads,
         sum(1 for key in rows if not key.startswith("network")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +23,8 @@ from espalier.mapping.targets import Cost, Targets
 from espalier.sparsity import Plan
 
 RECOVERY = 0.1  # the share of the one-shot drop that retraining leaves: our reading, only used to predict
-CLOSE = 0.02  # a measured latency this close to the asked one is not corrected any further
+MARGIN = 0.015  # so much below the asked latency a plan is aimed: early is better than late
+CLOSE = 0.02  # a measured latency this close to the aimed one is not corrected any further
 CORRECTIONS = 4
 
 
@@ -80,7 +81,7 @@ def propose(
         their projection errors. harms: what `espalier sensitivity` measured, instead.
     threads: that the latency is meant for. beta: see `rules`. latency: a model that stands already.
     verify: compile the plan and measure it beside the dense network; the allocation is corrected by what the table
-        got wrong, until the asked latency is met to 2 %, or four times.
+        got wrong, until the asked latency is met to -4 .. 1 %, or four times.
     tell: is told what is reachable before time is spent, and how far it is.
 
     Raises PlanError for targets that are empty or out of reach (saying what is, and why), or that need `evaluate`.
@@ -175,25 +176,45 @@ def _verified(
     The machine may be slower now than when the table was made, so what counts is the ratio to the dense network.
     """
     probe, asked = Probe(graph, rule.model.layers), limits.get("latency_ms")
-    aim, seen = asked, []
+    goal = (1 - MARGIN) * (asked or 0.0)
+    aim, seen = asked or 0.0, list[_Seen]()
     for turn in range(CORRECTIONS + 1):
         schemes = plan_of(choices).resolve(graph.sites())
         whole, cut = clock([probe.variant({}), probe.variant(schemes)], rule.model.threads)
         ms = rule.model.dense_ms * cut.whole_ms / whole.whole_ms
-        seen.append((choices, ms))
-        if asked is None or aim is None or abs(ms / asked - 1) <= CLOSE or turn == CORRECTIONS:
+        if asked is None:
+            return choices, (rule.model.dense_ms, ms)
+        seen.append(_Seen(aim, ms, choices))
+        if abs(ms / goal - 1) <= CLOSE or turn == CORRECTIONS:
             break
         tell(f"measured {ms:.4g} ms where {asked:.4g} were asked: the allocation is corrected")
-        aim *= asked / ms
-        before = choices
+        aim, before = _next_aim(seen, goal), choices
         try:
             choices = rule.choose({**limits, "latency_ms": aim})
         except Unreachable:
             break
         if choices == before:  # something else is asked that takes more than this
             break
-    choices, ms = min(seen, key=lambda pair: abs(pair[1] / asked - 1)) if asked is not None else seen[-1]
-    return choices, (rule.model.dense_ms, ms)
+    nearest = min(seen, key=lambda each: abs(each.ms / goal - 1))
+    return nearest.choices, (rule.model.dense_ms, nearest.ms)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the allocation was given as its limit, what was measured, and the choices."""
+
+    aim: float
+    ms: float
+    choices: dict[str, Choice]
+
+
+def _next_aim(seen: Sequence[_Seen], goal: float) -> float:
+    """Between the nearest measurements on both sides of the goal; in proportion while there is one side only."""
+    low = max((each for each in seen if each.ms <= goal), key=lambda each: each.ms, default=None)
+    high = min((each for each in seen if each.ms > goal), key=lambda each: each.ms, default=None)
+    if low is None or high is None:
+        return seen[-1].aim * goal / seen[-1].ms
+    return low.aim + (high.aim - low.aim) * (goal - low.ms) / (high.ms - low.ms)
 
 
 def _by_drop(rule: Rule, targets: Targets, dense: Cost, least: Cost) -> dict[str, Choice]:
