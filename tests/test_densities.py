@@ -15,7 +15,8 @@ from espalier.mapping import Targets
 from espalier.methods import get
 from espalier.train import Recipe
 
-QUICK: dict[str, Any] = {"epochs": 2, "dense_epochs": 3, "recipe": Recipe(batch_size=64), "max_drop": 100.0, "seed": 1}
+# One epoch of shaping, nothing to purify: what is looked at is the plan.
+QUICK: dict[str, Any] = {"epochs": 0, "dense_epochs": 2, "recipe": Recipe(batch_size=64), "max_drop": 0.0, "seed": 1}
 
 
 def compressed(out: Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -48,13 +49,14 @@ def test_every_target_is_met(target: str, options: dict[str, Any], tmp_path: Pat
     if target == "bytes":
         assert row["achieved"] == (tmp_path / "a" / "model.esp").stat().st_size
         assert "unify" in (tmp_path / "a" / "plan.toml").read_text()
-    again = es.compress("lenet_digits", "digits", out=tmp_path / "a", resume=True, **{**QUICK, **options})
-    assert again.report["targets"] == report["targets"]  # the plan is made once
+    if target == "macs":
+        again = es.compress("lenet_digits", "digits", out=tmp_path / "a", resume=True, **{**QUICK, **options})
+        assert again.report["targets"] == report["targets"]  # the plan is made once
 
 
 @pytest.mark.parametrize("method", finders())
 def test_nothing_is_asked_for_and_the_method_finds_it(method: str, tmp_path: Path) -> None:
-    report, row = compressed(tmp_path / "a", method=method, scheme="column", epochs=4)
+    report, row = compressed(tmp_path / "a", method=method, scheme="column", epochs=3)
     assert report["targets"]["split"]["way"] == "method" and row["target"] == "density"
     assert 0 < row["achieved"] < 0.95 and "found by the method" in row["reason"]
     assert all(site["requested"] is None for site in report["phases"]["densities"])
@@ -63,7 +65,7 @@ def test_nothing_is_asked_for_and_the_method_finds_it(method: str, tmp_path: Pat
 def test_the_command_line_tells_requested_predicted_and_achieved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = "compress lenet_digits --data digits --macs 0.4 --scheme filter --epochs 2 --dense-epochs 2 --max-drop 100"
+    given = "compress lenet_digits --data digits --macs 0.4 --scheme filter --epochs 0 --dense-epochs 1 --max-drop 0"
     assert main([*given.split(), "--recipe.batch_size", "64", "--out", str(tmp_path / "a")]) == 0
     told = capsys.readouterr().out
     assert "requested" in told and "predicted" in told and "split by sensitivity" in told.replace("\n", " ")

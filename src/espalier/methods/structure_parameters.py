@@ -22,7 +22,9 @@ from espalier.sparsity import Frozen
 KINDS = ("weight_decay", "l1", "fixed")
 ZERO = 1e-12  # a layer whose mean square is not above it has no unit of its own
 LEAST = 1e-3  # of |a| while a group lives: W is the weight over a
-SMALL, WIDE = 0.1, 3.0  # where |a| is smaller, W does not grow beyond so many root mean squares of the layer
+# Over an a near zero a small move would blow up W, and then a large W a: below SMALL W stays within so many root mean
+# squares of the layer.
+SMALL, WIDE = 0.1, 3.0
 
 
 @final
@@ -111,31 +113,29 @@ class StructureParameters(Method):
         lanes, w = _pruning(target), state[f"{target.site}/w"]
         alive = [state[lane.key("alive")] for lane in lanes]
         spreads = [lane.spread(state[lane.key("a")] * living) for lane, living in zip(lanes, alive)]
-        before = _product(w, spreads)
+        after, before = target.weight.detach().float(), _product(w, spreads)
         support = state.get(f"{target.site}/support")
-        move = target.weight.detach().float() - (before if support is None else before * support)
-        along, after = w * move, before + move
+        move = after - (before if support is None else before * support)
+        if support is not None:
+            after = before + move
+        along = move.mul_(w)
         for k, (lane, living) in enumerate(zip(lanes, alive)):
             a = state[lane.key("a")]
             moved = a + lane.mean(_product(along, spreads[:k] + spreads[k + 1 :])) / state[lane.key("scale")]
             stuck = living & (moved * a.sign() < LEAST)  # what lives passes zero only by dying first
             a.copy_(torch.where(stuck, a.sign() * LEAST, moved))
-        factor = _product(torch.ones_like(w), [lane.spread(state[lane.key("a")] * n) for lane, n in zip(lanes, alive)])
-        w.copy_(torch.where(factor != 0, self._bounded(after / factor, w, lanes, state), w))
+        factors = [lane.spread(state[lane.key("a")] * living) for lane, living in zip(lanes, alive)]
+        moved = after.clone() if not factors else _product(after / factors[0], [1 / factor for factor in factors[1:]])
+        for lane, factor in zip(lanes, factors):
+            bound = WIDE * float(state[lane.key("scale")]) ** 0.5
+            moved = torch.where(factor.abs() < SMALL, torch.where(factor == 0, w, moved.clamp(-bound, bound)), moved)
+        w.copy_(moved)
         for lane in lanes:
             a, decay = state[lane.key("a")], (1.0 if lane.open else 0.3) if self.decay is None else self.decay
             if self.kind == "weight_decay":
                 a.mul_(math.exp(-decay * dt))
             elif self.kind == "l1":
                 a.copy_(a.sign() * (a.abs() - decay * dt).clamp_min(LEAST))
-
-    def _bounded(self, moved: Tensor, w: Tensor, lanes: list[Lane], state: State) -> Tensor:
-        """What W becomes. Over an a near zero a small move would blow it up, and a large W then blows up a."""
-        for lane in lanes:
-            near = lane.spread(state[lane.key("a")].abs() < SMALL)
-            bound = torch.maximum(w.abs(), WIDE * state[lane.key("scale")].sqrt())
-            moved = torch.where(near, moved.clamp(-bound, bound), moved)
-        return moved
 
     def _choose(self, targets: list[Target], state: State, share: float) -> None:
         """Which groups are above the threshold, and which positions patterns and N:M leave."""
