@@ -157,7 +157,7 @@ class _Way:
         self.job, self.original, self.network = job, original, job.network
         self.right, self.remembers = right, remembers
         steps = job.shaping * job.data.train.steps(job.recipe.batch_size)
-        self.run = start(job.network, job.plan, job.method, job.example, steps=steps)
+        self.run = start(job.network, job.plan, job.method, job.example, steps=max(1, steps))
 
     def go(self) -> Outcome:
         recovery = self.job.recovery
