@@ -253,8 +253,8 @@ def _place(out: str) -> Path:
 def _save(plan: Plan, path: Path) -> None:
     try:
         plan.save(path)
-    except OSError as error:
-        raise DataError(f"{path}: the plan cannot be written: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: no name for a file
+        raise DataError(f"{path}: the plan cannot be written: {error}") from error
 
 
 def _drawn(draw: Callable[[], Path], asked: bool = False) -> str:

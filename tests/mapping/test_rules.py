@@ -224,6 +224,21 @@ def test_what_was_measured_as_sensitive_is_pruned_less(net: Net, model: LatencyM
         assert made.choices[sensitive].density > made.choices[other].density
 
 
+def test_a_network_without_weights_is_told(model: LatencyModel) -> None:
+    with pytest.raises(PlanError, match="no conv or linear weight"):
+        propose(torch.nn.ReLU(), torch.zeros(1, 4), Targets(macs=0.5), clock=CountingClock())
+
+
+def test_names_that_look_like_globs(tmp_path: Path) -> None:
+    odd = torch.nn.Sequential()
+    odd.add_module("[ab]*?", torch.nn.Linear(32, 64))
+    odd.add_module("schön", torch.nn.Linear(64, 5))
+    graph = es.capture(odd, torch.zeros(1, 32))
+    model = latency_model(graph, clock=CountingClock(), shelf=Shelf("latency", {"test": 1}, tmp_path))
+    made = propose(graph, None, Targets(macs=0.5), latency=model, clock=CountingClock()).plan
+    assert "[ab]*?.weight" in es.Plan.from_toml(made.to_toml()).resolve(graph.sites())
+
+
 # -- allocation -------------------------------------------------------------------------------------
 
 

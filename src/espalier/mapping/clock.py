@@ -15,7 +15,7 @@ from espalier.runtime.executable import Executable
 
 # Turns of one program: as many as fill the time. A few programs share what many would take: then it is a plan that is
 # checked, and one number decides.
-LEAST, SECONDS = 5, 0.2
+LEAST, SECONDS = 5, 0.1
 SHARED_LEAST, SHARED_SECONDS = 30, 1.0
 TURN = 0.01  # as in `bench`: a large network's weights take some runs to settle in the caches
 QUANTILE = 0.25  # the median of the faster half: what other programs add to the slower half is not the network's

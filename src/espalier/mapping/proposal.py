@@ -91,8 +91,10 @@ def propose(
     if not (math.isfinite(beta) and beta >= 0):
         raise PlanError(f"beta is {beta}: how much slower than coarse pruning a small block may be, 0 or more")
     graph = model if isinstance(model, Graph) else capture(model, example_inputs)  # type: ignore[arg-type]
-    latency = latency or latency_model(graph, threads=threads, clock=clock, tell=tell)
     sites = graph.sites()
+    if not sites:
+        raise PlanError("the network has no conv or linear weight that a plan could shape")
+    latency = latency or latency_model(graph, threads=threads, clock=clock, tell=tell)
     held = sum(site.weights for site in sites.values())
     others = sum(graph.tensors[name].numel() for name in graph.parameters) - held
     rule = Rule(latency, Damage(graph.tensors, latency.layers, harms), beta=beta, others=max(0, others))

@@ -51,7 +51,8 @@ class Entry:
     def matches(self, site: str) -> bool:
         """Does `match` name this site, or its module (the site without ``.weight``)?"""
         module = site.rpartition(".")[0]
-        return fnmatchcase(site, self.match) or fnmatchcase(module, self.match)
+        # literally first: a name may hold brackets
+        return self.match in (site, module) or fnmatchcase(site, self.match) or fnmatchcase(module, self.match)
 
 
 @dataclass(frozen=True)
