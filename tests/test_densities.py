@@ -33,7 +33,6 @@ def compressed(out: Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any
     "target,options",
     [
         ("density", {"density": 0.3, "allocation": "sensitivity"}),
-        ("weights", {"nonzero": 5000}),
         ("weights", {"nonzero": 5000, "allocation": "method", "method": "structure_parameters", "scheme": "column"}),
         ("macs", {"macs": 0.3, "scheme": "block_punched"}),
         ("bytes", {"size_mb": 0.03, "scheme": "micro_block+unify"}),
