@@ -29,12 +29,12 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm, self.deep = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, 2, 1, groups=4)
-        self.fc = nn.Linear(16, 64)
+        self.fc, self.last = nn.Linear(16, 64), nn.Linear(64, 32)
 
     def forward(self, x: torch.Tensor) -> dict[str, Any]:
         y = torch.relu(self.norm(self.conv(x)))
         z = torch.cumsum(torch.cat([self.deep(y), torch.max_pool2d(y, 3, 2, 1)], 1), 1)
-        return {"logits": self.fc(z[:, ::2].flatten(1)), "more": [z.mean((2, 3)), y + 1]}
+        return {"logits": self.last(self.fc(z[:, ::2].flatten(1))), "more": [z.mean((2, 3)), y + 1]}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     with torch.no_grad():
         model.conv.weight[torch.rand_like(model.conv.weight) < 0.7] = 0
         model.fc.weight[:, torch.rand(16) < 0.8] = 0
-        model.deep.weight.copy_(0.1 * model.deep.weight.sign())
+        blocks = torch.rand(32, 8).repeat_interleave(8, 1)
+        model.last.weight.copy_(blocks * torch.randn(32, 64).sign())
     es.save(model, torch.randn(1, 2, 6, 6), path, metadata={"top1": 0.5})
     assert {row.coding for row in es.info(path).tensors} == set(CODINGS)
     return path.read_bytes()

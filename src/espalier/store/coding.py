@@ -15,9 +15,11 @@ import constriction
 import numpy as np
 import zstandard
 
-FAST, THOROUGH = 1, 15  # zstandard's levels; the second takes a second for 10 MB
-# A stream longer than _LONG that the first level brings to no less than the share _WORTH gains nothing from the second.
-_WORTH, _LONG = 0.8, 2**22
+FAST, THOROUGH = 1, 15  # zstandard's levels
+# A stream longer than _LONG that the first level brings to no less than the share _WORTH is noise without repeats:
+# the second level takes a second for each megabyte of that, and finds nothing.
+_WORTH, _LONG = 0.25, 2**16
+_PIECE = 2**22  # words of a tied tensor whose magnitudes are sorted together
 _STEPS = 65535  # of the probability that a word is alive
 _SAMPLE = 2**16  # words that are looked at for magnitudes that repeat,
 _TIED = 0.9  # and the share of different ones among them below which they do
@@ -40,10 +42,11 @@ def encode(words: np.ndarray) -> tuple[str, bytes]:
     >>> encode(np.zeros(1000, np.uint32))[0]
     'gaps'
     """
-    share = np.count_nonzero(_alive(words)) / max(1, words.size)
-    fits = {"dense": share >= 0.5, "tied": _any_tied(words)}
-    names = [name for name in CODINGS if fits.get(name, share < 0.9)]
-    return min(((name, CODINGS[name].encode(words)) for name in names), key=lambda made: len(made[1]))
+    alive = _alive(words)
+    share = np.count_nonzero(alive) / max(1, words.size)
+    sparse = "sparse" if share < 0.9 and len(_bitmap(alive)) < len(_gaps(alive)) else "gaps"  # values cost the same
+    fits = {"dense": share >= 0.5, sparse: share < 0.9, "tied": _any_tied(words)}
+    return min(((name, CODINGS[name].encode(words)) for name in CODINGS if fits.get(name)), key=lambda m: len(m[1]))
 
 
 # -- dense: all words, by bytes of one significance ------------------------------------------------
@@ -59,7 +62,8 @@ def _zipped(data: bytes) -> bytes:
 def unzipped(data: bytes, size: int) -> bytes:
     """Exactly `size` bytes. The frame's own claim is not believed, so it cannot ask for more memory than that."""
     try:
-        with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(data) as stream:
+        unpack = zstandard.ZstdDecompressor(max_window_size=2**27)
+        with unpack.stream_reader(data, read_across_frames=True) as stream:
             raw = stream.read(size + 1)
     except zstandard.ZstdError as error:
         raise ValueError(f"damaged zstandard data: {error}") from None
@@ -69,9 +73,10 @@ def unzipped(data: bytes, size: int) -> bytes:
 
 
 def _dense(words: np.ndarray) -> bytes:
-    """The words' first bytes, then their second ones and so on: exponents lie together."""
+    """The words' first bytes, then their second ones and so on, each zipped by itself: exponents lie together, and no
+    time is spent on the noise behind them."""
     planes = words.view(np.uint8).reshape(-1, words.itemsize).T
-    return _zipped(np.ascontiguousarray(planes).tobytes())
+    return b"".join(_zipped(plane.tobytes()) for plane in planes)
 
 
 def _from_dense(data: bytes, dtype: np.dtype, count: int) -> np.ndarray:
@@ -219,6 +224,24 @@ def _from_repeats(data: bytes, dtype: np.dtype, count: int) -> np.ndarray:
     return _from_dense(table, dtype, kinds)[numbers] ^ (bits * _sign(dtype)).astype(dtype)
 
 
+def _in_pieces(words: np.ndarray) -> bytes:
+    """So many words at a time, that a large tensor is sorted in little memory."""
+    parts = [_repeats(words[k : k + _PIECE]) for k in range(0, words.size, _PIECE)]
+    return np.array([len(part) for part in parts], "<u8").tobytes() + b"".join(parts)
+
+
+def _from_pieces(data: bytes, dtype: np.dtype, count: int) -> np.ndarray:
+    sizes = np.frombuffer(data[: 8 * -(-count // _PIECE)], "<u8").tolist()
+    at, words = 8 * len(sizes), np.empty(count, dtype)
+    if 8 * -(-count // _PIECE) != at or at + sum(sizes) != len(data):
+        raise ValueError("the pieces of a tied tensor do not fill it")
+    for k, size in enumerate(sizes):
+        piece = words[k * _PIECE : (k + 1) * _PIECE]
+        piece[:] = _from_repeats(data[at : at + size], dtype, piece.size)
+        at += size
+    return words
+
+
 def _positions(alive: np.ndarray) -> bytes:
     """The shorter of both ways to say which words are alive."""
     return min(b"\0" + _bitmap(alive), b"\1" + _gaps(alive), key=len)
@@ -234,5 +257,5 @@ CODINGS: dict[str, Coding] = {
     "dense": Coding(_dense, _from_dense),
     "sparse": _sparse(_bitmap, _from_bitmap),
     "gaps": _sparse(_gaps, _from_gaps),
-    "tied": _sparse(_positions, _from_positions, Coding(_repeats, _from_repeats)),
+    "tied": _sparse(_positions, _from_positions, Coding(_in_pieces, _from_pieces)),
 }
