@@ -15,7 +15,7 @@ from espalier.mapping import Targets
 from espalier.methods import get
 from espalier.train import Recipe
 
-# One epoch of shaping, nothing to purify: what is looked at is the plan.
+# No epoch of shaping, nothing to purify: what is looked at is the plan.
 QUICK: dict[str, Any] = {"epochs": 0, "dense_epochs": 2, "recipe": Recipe(batch_size=64), "max_drop": 0.0, "seed": 1}
 
 

@@ -73,6 +73,8 @@ class PrimalProximal(Method):
         self._update(targets, state, progress.share("primal_proximal") / self.until, refresh)
 
     def land(self, targets: list[Target], state: State) -> dict[str, Frozen]:
+        if self.density is not None:  # met also where the run ends before its ramp
+            self._update(targets, state, 1.0, refresh=False)
         by, found = {}, {}
         for target in targets:
             lanes, w = target.lanes(), target.weight.detach()

@@ -89,6 +89,8 @@ class StructureParameters(Method):
             target.weight.copy_(_used(target, state))
 
     def land(self, targets: list[Target], state: State) -> dict[str, Frozen]:
+        if self.density is not None:  # met also where the run ends before its ramp
+            self._choose(targets, state, 1.0)
         by: dict[str, list[Tensor]] = {}
         found: dict[str, list[Tensor | None]] = {}
         for target in targets:
