@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results" / "methods_lenet5.json"
 RECIPE = Recipe(batch_size=128, lr=0.02, weight_decay=1e-4, precision="bf16-mixed")
 DENSE_EPOCHS, SHAPE_EPOCHS, RETRAIN_EPOCHS = 8, 3, 1
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "magnitude, one-shot": ("magnitude", {}),
+    "magnitude, one-shot": ("magnitude", {"ramp": "jump"}),
     "magnitude, ramp": ("magnitude", {"ramp": "cubic"}),
 } | {name: (name, {}) for name in es.METHODS if name != "magnitude"}
 SCHEMES = ("filter", "column", "filter+column", "block_punched", "pattern+kernel", "weight", "micro_block+unify")

@@ -67,6 +67,26 @@ def methods_resnet20(report: dict[str, Any]) -> str:
     return f"{epochs} Top-1 %:\n\n{table(headings, rows)}"
 
 
+def published(report: dict[str, Any]) -> str:
+    """Every published figure; ours beside it, where the row has been run."""
+    rows = []
+    for name, claim in report["claims"].items():
+        ours = report["cells"].get(name)
+        made = (
+            [
+                f"{ours['test']:.2f} of {ours['dense_test']:.2f}",
+                f"{ours['fewer_macs']:.2f}x",
+                f"{ours['fewer_weights']:.2f}x",
+            ]
+            if ours
+            else ["open", "", ""]
+        )
+        wanted = f"{claim['top1']:.2f}" if claim["top1"] else ""
+        rows.append([name, claim["source"], wanted, claim["method"], claim["scheme"], *made])
+    headings = ["row", "source", "published", "method", "scheme", "ours, top-1 %", "fewer MACs", "fewer weights"]
+    return f"{report['epochs']} epochs each, from published or own dense weights.\n\n{table(headings, rows)}"
+
+
 def engines(report: dict[str, Any]) -> str:
     """A table for each number of threads: the rivals' times, ours, and the targets."""
     parts = []
@@ -190,6 +210,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "lenet5_far": ("LeNet-5: how far it goes at 99.0 %", lenet5),
     "methods_lenet5": ("Every method with every scheme, LeNet-5 / MNIST", methods_lenet5),
     "methods_resnet20": ("Methods, schemes and rivals, ResNet-20 / CIFAR-10", methods_resnet20),
+    "published": ("Published figures of others", published),
     "overhead": ("What a method costs beside a dense training step, ResNet-18 / CIFAR", overhead),
     "mapping": ("Mapping: accuracy against measured latency, ResNet-20 / CIFAR-10", mapping),
     "mapping_latency": ("Mapping: targets of latency", mapping_latency),

@@ -22,7 +22,7 @@ STEPS = 24
 SCHEMES = [*CATALOG, "filter+column", "pattern+kernel", "weight+unify"]
 # Every method, and those of its settings that take another way through its code.
 CASES: dict[str, Method] = {name: get(name) for name in METHODS} | {
-    "magnitude, cubic": get("magnitude", ramp="cubic", updates=8),
+    "magnitude, jump": get("magnitude", ramp="jump"),
     "magnitude, taylor": get("magnitude", ramp="linear", score="taylor"),
     "magnitude, l1, regrow": get("magnitude", ramp="cubic", score="l1", regrow=True),
     "magnitude, batch_norm": get("magnitude", score="batch_norm"),

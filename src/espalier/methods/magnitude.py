@@ -45,7 +45,8 @@ class Magnitude(Method):
     score: "l2" or "l1" norm of a group; "taylor", the sum of ``|w * gradient|`` (a running mean over the steps), what
         the loss would change by in first order (Molchanov et al., arXiv 1906.10771); "batch_norm", for filters the size
         of the batch norm's weight behind them (Network Slimming, arXiv 1708.06519), elsewhere l2.
-    ramp: "jump" prunes once, when the run finishes; "linear", "cubic" and "cosine" prune bit by bit.
+    ramp: "jump" prunes once, when the run finishes; "linear", "cubic" and "cosine" prune bit by bit. By default "cubic"
+        in a run whose length is known, and else "jump".
     until: the share of the run after which the density is reached; the rest trains on it.
     updates: how many times the choice is made anew.
     regrow: between two choices the pruned weights go on learning unseen, from the gradients of the pruned network, and
@@ -57,7 +58,7 @@ class Magnitude(Method):
     """
 
     score: str = "l2"
-    ramp: str = "jump"
+    ramp: str | None = None
     until: float = 0.75
     updates: int = 50
     regrow: bool = False
@@ -68,19 +69,19 @@ class Magnitude(Method):
 
     def begin(self, targets: list[Target], progress: Progress) -> State:
         state: State = {}
-        if self.ramp != "jump":
+        if self._ramp(progress) != "jump":
             progress.share("magnitude along a ramp")  # fails early when the length is unknown
         for target in targets:
             if self.score == "taylor":
                 state[f"{target.site}/taylor"] = target.weight.detach().float().square()  # until there are gradients
-            if self.regrow and self.ramp != "jump":
+            if self.regrow and self._ramp(progress) != "jump":
                 state[f"{target.site}/unseen"] = target.weight.detach().float().clone()
         return state
 
     def step(self, targets: list[Target], state: State, progress: Progress) -> None:
         if self.score == "taylor":
             self._remember(targets, state, progress.step == 1)
-        if self.ramp == "jump":
+        if self._ramp(progress) == "jump":
             return
         assert progress.steps is not None
         every = max(1, int(progress.steps * self.until) // self.updates)
@@ -90,7 +91,7 @@ class Magnitude(Method):
                 mask = state.get(target.site)
                 unseen.add_(target.weight.float() - (unseen if mask is None else unseen * mask))
         if progress.step % every == 0 and progress.step <= progress.steps * self.until:
-            self._choose(targets, state, progress.share("magnitude") / self.until)
+            self._choose(targets, state, progress)
         for target in targets:
             if target.site in state:
                 if self.regrow:
@@ -106,10 +107,13 @@ class Magnitude(Method):
                 scores[t.site] = [tensor * state[t.site] for tensor in scores[t.site]]
         return freeze(targets, scores)
 
-    def _choose(self, targets: list[Target], state: State, share: float) -> None:
-        at = {}
+    def _ramp(self, progress: Progress) -> str:
+        return self.ramp or ("jump" if progress.steps is None else "cubic")
+
+    def _choose(self, targets: list[Target], state: State, progress: Progress) -> None:
+        at, share = {}, progress.share("magnitude") / self.until
         for t in targets:
-            density = max(ramp(self.ramp, ceiling(t.scheme), t.scheme.density, share), t.scheme.density)
+            density = max(ramp(self._ramp(progress), ceiling(t.scheme), t.scheme.density, share), t.scheme.density)
             at[t.site] = at_density(t.scheme, density)
         for site, frozen in freeze(targets, self._scores(targets, state), schemes=at).items():
             state[site] = frozen.mask

@@ -1,0 +1,159 @@
+"""Published figures of others, and what Espalier comes to at the same compression: CIFAR-10 and CIFAR-100.
+
+    python benchmarks/published.py --data FOLDER --weights FOLDER [--only 'resnet56*'] [--epochs 60]
+
+--weights: the folder of the published weights (safetensors); a network without any is trained first, which wants a GPU.
+Each row is shaped, then retrained in its plan, taught by the dense network. Checkpoints lie in --out: stopped at any
+moment, it goes on from there. Rows that nobody has run yet are open on the page. The recipe is that of
+`benchmarks/mapping.py`; nothing is chosen on the test set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import options, run_cells
+from methods_resnet20 import plan_for, useful_macs
+from pretrained import IMAGENET
+from torch import nn
+
+import espalier as es
+from espalier.methods import Run, get
+from espalier.train import Data, Recipe, build, evaluate, fit, load_data, load_weights, recalibrate, seed_everything
+from espalier.workspace import Workspace
+
+RESULTS = Path(__file__).parent / "results" / "published.json"
+RECIPE = Recipe(lr=0.02, weight_decay=1e-4, distill=0.5, precision="bf16-mixed")
+DENSE = replace(RECIPE, lr=0.1, weight_decay=5e-4, distill=0.0)
+DENSE_EPOCHS = 160
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published figure: `top1` per cent (None where only ours are compared) at `factor` times fewer `of`."""
+
+    network: str
+    data: str
+    factor: float
+    of: str
+    scheme: str
+    top1: float | None
+    source: str
+    method: str = "magnitude"
+    weights: str = ""
+
+
+R56 = "cifar10_resnet56.safetensors"
+TORCH_PRUNING, PSP, PRM, MICRO = "Torch-Pruning", "arXiv 1906.05180", "arXiv 1905.00136", "arXiv 2106.08301"
+ROWS = {
+    "resnet56/2.11x MACs": Row("resnet56", "cifar10", 2.11, "macs", "block_punched", 93.77, TORCH_PRUNING, weights=R56),
+    "resnet56/2.57x MACs": Row("resnet56", "cifar10", 2.57, "macs", "block_punched", 93.64, TORCH_PRUNING, weights=R56),
+    "resnet56/76 % of columns": Row("resnet56", "cifar10", 1 / 0.237, "weights", "column", 93.45, PSP, weights=R56),
+    "resnet56/80 % of columns": Row("resnet56", "cifar10", 5.0, "weights", "column", 93.0, PSP, weights=R56),
+    "resnet18/60x": Row("resnet18_cifar", "cifar10", 60.0, "weights", "filter+column", 93.2, PRM, "admm"),
+    "vgg16/pruned": Row("vgg16_cifar", "cifar10", 10.0, "weights", "micro_block", None, MICRO),
+    "vgg16/pruned and unified": Row("vgg16_cifar", "cifar10", 10.0, "weights", "micro_block+unify", None, MICRO),
+    "densenet40/pruned": Row("densenet40", "cifar100", 4.0, "weights", "micro_block", None, MICRO),
+    "densenet40/pruned and unified": Row("densenet40", "cifar100", 4.0, "weights", "micro_block+unify", None, MICRO),
+}
+SETTINGS: dict[str, dict[str, Any]] = {"magnitude": {"ramp": "cubic"}}
+
+
+@dataclass(frozen=True)
+class Cell:
+    name: str
+
+
+@dataclass
+class Training:
+    """The phases of a row; what is finished is kept in the workspace."""
+
+    model: nn.Module
+    data: Data
+    work: Workspace
+    run: Run | None = None
+    teacher: nn.Module | None = None
+
+    def phase(self, name: str, recipe: Recipe, then: Callable[[], None] = lambda: None) -> None:
+        def train() -> dict[str, Any]:
+            file = self.work.checkpoint(name)
+            fit(
+                self.model,
+                self.data,
+                recipe,
+                hooks=self.run,
+                teacher=self.teacher,
+                checkpoint=file,
+                resume=file.exists(),
+                phase=name,
+                progress=False,
+                on_epoch=lambda epoch: print(f"{name} {epoch}", flush=True),
+            )
+            then()
+            return {"model": self.model.state_dict(), "run": self.run.state_dict() if self.run else {}}
+
+        state = self.work.phase(name, train)
+        self.model.load_state_dict(state["model"])
+        if self.run is not None:
+            self.run.load_state_dict(state["run"])
+
+
+def work(cell: Cell, a: argparse.Namespace) -> dict[str, Any]:
+    row = ROWS[cell.name]
+    data = load_data(row.data, a.data).normalised_by(*IMAGENET)
+    example = torch.zeros(1, *data.shape)
+    folder = "".join(letter if letter.isalnum() else "_" for letter in cell.name)
+    settings = {"row": asdict(row), "recipe": asdict(RECIPE), "epochs": a.epochs}
+    seed_everything(0)
+    training = Training(
+        build(row.network, classes=data.classes), data, Workspace(Path(a.out) / folder, settings, resume=True)
+    )
+    if row.weights:
+        load_weights(training.model, Path(a.weights) / row.weights)
+    else:
+        training.phase("dense", replace(DENSE, epochs=DENSE_EPOCHS))
+    model, training.teacher = training.model, copy.deepcopy(training.model).eval()
+    graph = es.capture(model, example)
+    dense_macs = useful_macs(model, example)
+    if row.of == "macs":
+        plan = plan_for(model, example, row.scheme, dense_macs / row.factor)
+    else:
+        plan = es.uniform(graph, 1 / row.factor, row.scheme)
+    shaping = max(1, a.epochs // 2)
+    steps = shaping * data.train.steps(RECIPE.batch_size)
+    method = get(row.method, **SETTINGS.get(row.method, {}))
+    run = training.run = es.start(model, plan, method, example, steps=steps)
+
+    def cut() -> None:
+        run.finish()
+        recalibrate(model, data.train)
+
+    training.phase("shape", replace(RECIPE, epochs=shaping), cut)
+    training.phase("retrain", replace(RECIPE, epochs=a.epochs - shaping))
+    size = es.size(es.capture(model, example))
+    return {
+        "dense_test": 100 * evaluate(training.teacher, data.test).accuracy,
+        "test": 100 * evaluate(model, data.test).accuracy,
+        "fewer_macs": dense_macs / useful_macs(model, example),
+        "fewer_weights": size.weights / max(1, size.nonzero),
+    }
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--weights", default="weights", help="folder of the published weights")
+    parser.add_argument("--epochs", type=int, default=15, help="of each row, half of them for shaping")
+    arguments = parser.parse_args()
+    settings = {"epochs": arguments.epochs, "recipe": repr(RECIPE), "dense_epochs": DENSE_EPOCHS}
+    claims = {name: asdict(row) for name, row in ROWS.items()}
+    run_cells([Cell(name) for name in ROWS], work, arguments, RESULTS, settings, claims=claims)
+
+
+if __name__ == "__main__":
+    main()
