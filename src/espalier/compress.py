@@ -50,6 +50,7 @@ class Result:
 
     @property
     def file(self) -> Path:
+        """The compressed network: `es.load` runs it."""
         return self.out / "model.esp"
 
 
