@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,9 +127,7 @@ def sensitivity_command(
         picture: the picture to draw (.png, .svg, .pdf); default: beside the JSON file, where matplotlib is installed
     """
     console = Console()
-    network, loaded, example = _network(model, data, data_root, weights)
-    if loaded is None:
-        raise DataError("sensitivity needs data: --data cifar10")
+    network, loaded, example = _scorable("sensitivity", model, data, data_root, weights)
     names = [name.strip() for name in schemes.split(",") if name.strip()]
     found = measure_sensitivity(
         capture(network, example),
@@ -183,9 +181,7 @@ def search_command(
         recipe: how a trial retrains
     """
     console = Console()
-    network, loaded, example = _network(model, data, data_root, weights)
-    if loaded is None:
-        raise DataError("search needs data: --data cifar10")
+    network, loaded, example = _scorable("search", model, data, data_root, weights)
     targets = Targets(speedup, latency_ms)
     latency = latency_model(capture(network, example), threads=threads, tell=_teller(console))
     rule = propose(
@@ -199,12 +195,7 @@ def search_command(
     score = OneShot(model, data, weights and str(Path(weights).resolve()), root, epochs, images, recipe or SHORT)
     folder = Path(out)
     file = folder / "trials.jsonl"
-    with ExitStack() as stack:
-        where: Workers = Here()
-        if ray_address:
-            where = Cluster(ray_address)
-        elif workers > 1:
-            where = stack.enter_context(Processes(min(workers, os.cpu_count() or 1)))
+    with _workers(workers, ray_address) as where:
         shared: dict[str, Any] = {"trials": trials, "start": start, "workers": where, "seed": seed}
         if sampler == "policy":
             search(space, score, file, limit_ms=limit, tell=_trial_teller(console), **shared)
@@ -239,6 +230,23 @@ def _network(
     if weights is not None:
         load_weights(network, weights)
     return network, loaded, torch.zeros(1, *(loaded.shape if loaded else example_shape(model)))
+
+
+def _scorable(
+    command: str, model: str, data: str, root: str | None, weights: str | None
+) -> tuple[nn.Module, Data, torch.Tensor]:
+    """As `_network`, for a command that needs data."""
+    network, loaded, example = _network(model, data, root, weights)
+    if loaded is None:
+        raise DataError(f"{command} needs data: --data cifar10")
+    return network, loaded, example
+
+
+def _workers(count: int, ray_address: str) -> AbstractContextManager[Workers]:
+    """Where trials run: on a Ray cluster, in processes of this machine, or here."""
+    if ray_address:
+        return nullcontext(Cluster(ray_address))
+    return Processes(min(count, os.cpu_count() or 1)) if count > 1 else nullcontext(Here())
 
 
 def _place(out: str) -> Path:
