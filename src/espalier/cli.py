@@ -85,12 +85,10 @@ def compress_command(
         size_mb: or 10^6 bytes of stored weights, at most
         macs: or useful multiply-accumulates, at most; below 1 a share of the dense ones
         nonzero: or how many conv and linear weights are kept
-        allocation: how density or nonzero are split over the layers; default: rule
+        allocation: how that is split over the layers; default: rule, with a scheme and size_mb or macs sensitivity
         scheme: what may die together: filter, column, channel, shape, layer, block_punched, block_column, block_row,
-            kernel, pattern, n_m, micro_block, weight or unify; several joined by +; default: filter+column. Given,
-            size_mb or macs is split over the layers by sensitivity, all in this scheme
-        method: how the weights get there: admm, magnitude, primal_proximal, reweighted, selective_decay or
-            structure_parameters
+            kernel, pattern, n_m, micro_block, weight or unify; several joined by +; default: filter+column
+        method: admm, magnitude, primal_proximal, reweighted, selective_decay or structure_parameters
         scheme_options: such as {"m": 4, "n": 4}
         method_options: such as {"every": 3}
         max_drop: points of accuracy that may be lost
@@ -110,10 +108,9 @@ def compress_command(
         accelerator: auto, cpu or cuda
         recipe: how to train: batch_size, lr, momentum, weight_decay and so on
     """
-    options = {k: v for k, v in locals().items() if k not in ("model", "data")}
     if not data:
         raise DataError(f"say which data to train on: --data {', '.join(DATA)}")
-    compress(model, data, **options)
+    compress(**locals())
 
 
 def info_command(file: str) -> None:

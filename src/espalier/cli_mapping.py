@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ from espalier.mapping import (
 from espalier.mapping.candidates import find
 from espalier.mapping.picture import draw_sensitivity, draw_trials
 from espalier.planning import QUICK_IMAGES, SHORT, OneShot, on_split, print_proposal
+from espalier.report import screen, tell
 from espalier.sparsity import Plan
 from espalier.train import Data, Recipe, build, example_shape, load_data, load_weights
 
@@ -80,7 +81,7 @@ def plan_command(
         check_model: check the latency model against whole networks, and print its mean error
         out: the plan file to write
     """
-    console, file = Console(), _place(out)  # before time is spent
+    console, file = screen(), _place(out)  # before time is spent
     network, loaded, example = _network(model, data, data_root, weights)
     graph = capture(network, example)
     latency = latency_model(graph, threads=threads, tell=_teller(console))
@@ -98,10 +99,10 @@ def plan_command(
     _save(found.plan, file)
     print_proposal(found, console)
     for site in found.choices:
-        console.print(explain(found.plan, site), highlight=False, soft_wrap=True)
+        tell(console, explain(found.plan, site))
     if check_model:
         _print_check(latency, graph, found, console)
-    console.print(f"written to {out}; use it by: espalier compress {model} --plan {out}", highlight=False)
+    tell(console, f"written to {out}; use it by: espalier compress {model} --plan {out}")
 
 
 def sensitivity_command(
@@ -126,10 +127,8 @@ def sensitivity_command(
         out: the JSON file; stopped at any moment, the same command goes on from there
         picture: the picture to draw (.png, .svg, .pdf); default: beside the JSON file, where matplotlib is installed
     """
-    console = Console()
-    network, loaded, example = _network(model, data, data_root, weights)
-    if loaded is None:
-        raise DataError("sensitivity needs data: --data cifar10")
+    console = screen()
+    network, loaded, example = _scorable("sensitivity", model, data, data_root, weights)
     names = [name.strip() for name in schemes.split(",") if name.strip()]
     found = measure_sensitivity(
         capture(network, example),
@@ -141,7 +140,7 @@ def sensitivity_command(
     )
     title, target = f"{model} on {loaded.name}, held out", picture or Path(out).with_suffix(".png")
     drawn = _drawn(lambda: draw_sensitivity(found, target, title), asked=picture is not None)
-    console.print(f"{len(found.points)} points in {out}{drawn}", highlight=False, soft_wrap=True)
+    tell(console, f"{len(found.points)} points in {out}{drawn}")
 
 
 def search_command(
@@ -182,29 +181,22 @@ def search_command(
         out: the folder for trials.jsonl and plan.toml; stopped at any moment, the same command goes on from there
         recipe: how a trial retrains
     """
-    console = Console()
-    network, loaded, example = _network(model, data, data_root, weights)
-    if loaded is None:
-        raise DataError("search needs data: --data cifar10")
+    console = screen()
+    network, loaded, example = _scorable("search", model, data, data_root, weights)
     targets = Targets(speedup, latency_ms)
     latency = latency_model(capture(network, example), threads=threads, tell=_teller(console))
     rule = propose(
         network, example, targets, evaluate=on_split(loaded.holdout, QUICK_IMAGES), threads=threads, latency=latency
     )
     limit = targets.limits(rule.dense)["latency_ms"]
-    console.print(f"reachable: {rule.dense.latency_ms:.4g} .. {rule.least.latency_ms:.4g} ms; asked: {limit:.4g} ms")
+    tell(console, f"reachable: {rule.dense.latency_ms:.4g} .. {rule.least.latency_ms:.4g} ms; asked: {limit:.4g} ms")
     space = space_of(latency)
     start = space.nearest(rule.plan.resolve(capture(network, example).sites()), limit)
     root = None if data_root is None else str(Path(data_root).resolve())
     score = OneShot(model, data, weights and str(Path(weights).resolve()), root, epochs, images, recipe or SHORT)
     folder = Path(out)
     file = folder / "trials.jsonl"
-    with ExitStack() as stack:
-        where: Workers = Here()
-        if ray_address:
-            where = Cluster(ray_address)
-        elif workers > 1:
-            where = stack.enter_context(Processes(min(workers, os.cpu_count() or 1)))
+    with _workers(workers, ray_address) as where:
         shared: dict[str, Any] = {"trials": trials, "start": start, "workers": where, "seed": seed}
         if sampler == "policy":
             search(space, score, file, limit_ms=limit, tell=_trial_teller(console), **shared)
@@ -214,11 +206,10 @@ def search_command(
     taken = best(known, limit)
     _save(space.plan(taken.picked), folder / "plan.toml")
     drawn = _drawn(lambda: draw_trials(known, folder / "front.png", f"{model}: the front of {len(known)} trials"))
-    console.print(
+    tell(
+        console,
         f"best of {len(known)} trials: {taken.accuracy:.2f} % held out at {taken.latency_ms:.4g} ms by the table; "
         f"written to {folder / 'plan.toml'}{drawn}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
@@ -239,6 +230,23 @@ def _network(
     if weights is not None:
         load_weights(network, weights)
     return network, loaded, torch.zeros(1, *(loaded.shape if loaded else example_shape(model)))
+
+
+def _scorable(
+    command: str, model: str, data: str, root: str | None, weights: str | None
+) -> tuple[nn.Module, Data, torch.Tensor]:
+    """As `_network`, for a command that needs data."""
+    network, loaded, example = _network(model, data, root, weights)
+    if loaded is None:
+        raise DataError(f"{command} needs data: --data cifar10")
+    return network, loaded, example
+
+
+def _workers(count: int, ray_address: str) -> AbstractContextManager[Workers]:
+    """Where trials run: on a Ray cluster, in processes of this machine, or here."""
+    if ray_address:
+        return nullcontext(Cluster(ray_address))
+    return Processes(min(count, os.cpu_count() or 1)) if count > 1 else nullcontext(Here())
 
 
 def _place(out: str) -> Path:
@@ -268,13 +276,13 @@ def _drawn(draw: Callable[[], Path], asked: bool = False) -> str:
 
 
 def _teller(console: Console) -> Any:
-    return lambda text: console.print(text, style="dim", highlight=False)
+    return lambda text: tell(console, text, style="dim")
 
 
 def _trial_teller(console: Console) -> Any:
     def told(trial: Trial) -> None:
         text = f"trial {trial.number}: {trial.accuracy:.2f} % at {trial.latency_ms:.4g} ms, {trial.seconds:.0f} s"
-        console.print(text, highlight=False)
+        tell(console, text)
 
     return told
 

@@ -25,15 +25,18 @@ class Parser(ArgumentParser):
         super().__init__(*args, **{**kwargs, "formatter_class": _Help})
 
     def format_help(self, *args: Any) -> str:
+        """The help with a usage of one line, options with dashes."""
         text = re.sub(r"\Ausage: .*?\n\n", lambda _: f"{self.format_usage()}\n", super().format_help(*args), flags=re.S)
         return _dashed(text)
 
     def format_usage(self) -> str:
+        """One line: the command and what must stand there; options are listed below it."""
         named = [action.metavar or action.dest for action in self._actions if not action.option_strings]
         words = ["COMMAND" if name == "subcommand" else str(name) for name in named]
         return f"usage: {' '.join([self.prog.replace(' [options]', ''), '[options]', *words])}\n"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with status 2 and the message, options with dashes."""
         super().error(_dashed(message), ex)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,10 @@ from espalier.train import (
 )
 from espalier.workspace import Workspace
 
+_TARGETS = ("speedup", "latency_ms", "size_mb", "macs")
+_SCHEMES = ("density", "nonzero", "allocation", "scheme", "scheme_options", "method_options")
+_NUMBERS = ("max_drop", "epochs", "dense_epochs", "seed")
+
 
 @dataclass(frozen=True)
 class Result:
@@ -50,6 +55,7 @@ class Result:
 
     @property
     def file(self) -> Path:
+        """The compressed network: `es.load` runs it."""
         return self.out / "model.esp"
 
 
@@ -118,35 +124,18 @@ def compress(
 
     >>> es.compress("lenet_digits", "digits", out="out/demo", density=0.1, epochs=10).report["compressed"]["accuracy"]
     """
-    recipe = recipe or Recipe()
-    if distill is not None:
-        recipe = dataclasses.replace(recipe, distill=distill)
-    if precision is not None:
-        recipe = dataclasses.replace(recipe, precision=precision)
+    shorthand = {"distill": distill, "precision": precision}
+    given = {name: value for name, value in shorthand.items() if value is not None}
+    recipe = dataclasses.replace(recipe or Recipe(), **given)  # type: ignore[arg-type]
     processes = Processes(devices, num_nodes, strategy, accelerator)
     targets = Targets(speedup, latency_ms, size_mb, macs, max_drop)
     for name, count, least in (("epochs", epochs, 0), ("dense_epochs", dense_epochs, 0), ("threads", threads, 1)):
         if count is not None and count < least:
             raise TrainingError(f"{name} is {count}, expected {least} or more")
-    settings = {
-        "model": model if isinstance(model, str) else type(model).__qualname__,
-        "data": data if isinstance(data, str) else data.name,
-        "density": density,
-        "targets": {k: v for k, v in targets.told().items() if k != "max_drop"},
-        "nonzero": nonzero,
-        "allocation": allocation,
-        "plan": plan.to_toml() if isinstance(plan, Plan) else plan and Plan.load(plan).to_toml(),
-        "scheme": scheme,
-        "method": method if isinstance(method, str) else repr(method),
-        "scheme_options": scheme_options,
-        "method_options": method_options,
-        "max_drop": max_drop,
-        "epochs": epochs,
-        "dense_epochs": dense_epochs,
-        "weights": weights and str(weights),
-        "recipe": dataclasses.asdict(recipe),
-        "seed": seed,
-    }
+    threads = threads or torch.get_num_threads()
+    if isinstance(plan, (str, Path)):
+        plan = Plan.load(plan)
+    settings = _settings(locals())
     chosen = get(method, **(method_options or {})) if isinstance(method, str) else method
     split = split_of(
         targets,
@@ -165,9 +154,7 @@ def compress(
         load_weights(network, weights)
     example = torch.zeros(1, *loaded.shape)
     graph = capture(network, example)
-    if isinstance(plan, (str, Path)):
-        plan = Plan.load(plan)
-    mapped = plan if isinstance(plan, Plan) else None
+    mapped = plan
     if split is not None:
         mapped, chosen, density = split.plan(graph), split.method(graph, chosen), split.density(graph)
     if mapped is not None:
@@ -177,14 +164,9 @@ def compress(
         dense_epochs = 0 if weights is not None or not isinstance(model, str) else epochs
     first = mapped or Plan(())
     job = Job(network, loaded, first, chosen, example, work, recipe, seed, epochs, dense_epochs, max_drop, processes)
-    known: dict[str, Any] | None = None
-    predicted: float | None = None
+    known, predicted = None, None
     if mapped is None:
-        job.dense()
-        if split is not None:
-            mapped, predicted = split.measured(work, network, loaded)
-        else:
-            mapped, known = planned(work, network, loaded, targets, threads=threads or torch.get_num_threads())
+        mapped, known, predicted = _planned(job, split, targets, threads)
         job = dataclasses.replace(job, plan=mapped)
     work.write_text("plan.toml", mapped.to_toml())
     outcome = job.run()
@@ -198,13 +180,39 @@ def compress(
     return Result(small, report, work.path)
 
 
+def _settings(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of `compress` that a run must have in common with the one that it goes on with."""
+    model, data, plan, method, weights = (asked[name] for name in ("model", "data", "plan", "method", "weights"))
+    return {
+        **{name: asked[name] for name in (*_SCHEMES, *_NUMBERS)},
+        "targets": {name: asked[name] for name in _TARGETS if asked[name] is not None},
+        "model": model if isinstance(model, str) else type(model).__qualname__,
+        "data": data if isinstance(data, str) else data.name,
+        "plan": plan and plan.to_toml(),
+        "method": method if isinstance(method, str) else repr(method),
+        "weights": weights and str(weights),
+        "recipe": dataclasses.asdict(asked["recipe"]),
+    }
+
+
+def _planned(
+    job: Job, split: Split | None, targets: Targets, threads: int
+) -> tuple[Plan, dict[str, Any] | None, float | None]:
+    """The plan that only the trained dense network can tell, facts about it, and what a split should come to."""
+    job.dense()
+    if split is not None:
+        plan, predicted = split.measured(job.work, job.network, job.data)
+        return plan, None, predicted
+    return *planned(job.work, job.network, job.data, targets, threads=threads), None
+
+
 def _measured(
     job: Job,
     outcome: Outcome,
     small: nn.Module,
     density: float | None,
     known: dict[str, Any] | None,
-    threads: int | None,
+    threads: int,
     split: Split | None,
     predicted: float | None,
 ) -> dict[str, Any]:
@@ -222,9 +230,9 @@ def _measured(
             "test": dataclasses.asdict(_test_drop(original, small, job)),
         },
         "phases": outcome.facts,
-        "latency_ms": latencies(original, small, job.example, threads or torch.get_num_threads()),
+        "latency_ms": latencies(original, small, job.example, threads),
         "sites": [dataclasses.asdict(row) for row in sizes(capture(small, job.example))],
-        "machine": {**machine(), "threads": threads or torch.get_num_threads()},
+        "machine": {**machine(), "threads": threads},
         "seed": job.seed,
     }
     report["achieved"] = achieved(report)

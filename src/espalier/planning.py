@@ -18,6 +18,7 @@ from torch import nn
 from espalier.errors import DataError, TrainingError
 from espalier.mapping import Proposal, Sensitivity, Targets, propose
 from espalier.methods import get, start
+from espalier.report import screen
 from espalier.sparsity import Plan
 from espalier.train import Data, Recipe, Split, build, evaluate, fit, load_data, load_weights, recalibrate
 from espalier.workspace import Workspace
@@ -213,7 +214,7 @@ def print_targets(rows: list[TargetRow], console: Console | None = None) -> None
     for row in rows:
         told = [_number(row.requested), _number(row.predicted), _number(row.achieved)]
         table.add_row(row.target, *told, row.reason if row.met else f"[yellow]missed:[/] {row.reason}")
-    (console or Console()).print(table)
+    (console or screen()).print(table)
 
 
 def print_proposal(found: Proposal, console: Console | None = None) -> None:
@@ -223,7 +224,7 @@ def print_proposal(found: Proposal, console: Console | None = None) -> None:
         table.add_column(heading, justify="left" if heading == "target" else "right")
     for row in found.rows():
         table.add_row(*row)
-    (console or Console()).print(table)
+    (console or screen()).print(table)
 
 
 def _number(value: float | None) -> str:

@@ -4,10 +4,12 @@ bit for bit."""
 import copy
 import io
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
+from tests.methods import networks
+from tests.methods.networks import EXAMPLE
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,7 +32,7 @@ CASES: dict[str, Method] = {name: get(name) for name in METHODS} | {
     "structure_parameters, fixed": get("structure_parameters", kind="fixed"),
 }
 FINDERS = [name for name in CASES if name in ("primal_proximal", "reweighted", "structure_parameters")]
-EXAMPLE = torch.zeros(1, 2, 6, 6)
+train = partial(networks.train, end=STEPS)
 
 
 class Net(nn.Module):
@@ -70,18 +72,6 @@ def begin(method: str | Method, name: str, sites: tuple[str, ...] = ("conv2",), 
     plan = Plan.of({site: asked(name, found) for site in sites}, unfit="dense").resolve(graph.sites())
     run = Run(graph, plan, CASES[method] if isinstance(method, str) else method, STEPS)
     return model, run, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
-
-
-def train(model: nn.Module, run: Run, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
-    for step in range(first, last):
-        generator = torch.Generator().manual_seed(step)
-        x, y = torch.randn(16, 2, 6, 6, generator=generator), torch.randint(0, 4, (16,), generator=generator)
-        optimizer.zero_grad()
-        (F.cross_entropy(model(x), y) + run.penalty()).backward()
-        optimizer.step()
-        run.step()
-        if step + 1 == STEPS:
-            run.finish()
 
 
 def check_lands(method: str | Method, name: str) -> None:

@@ -4,30 +4,17 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from espalier.errors import MethodError, UnknownNameError
 from espalier.graph import capture
 from espalier.methods import Method, Run, get, start
 from espalier.sparsity import CATALOG, Plan, scheme
+from tests.methods.networks import EXAMPLE, Net, train
 
 STEPS = 24
 SETTINGS = {"magnitude": {"ramp": "cubic"}}
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.norm = nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.conv2 = nn.Conv2d(8, 12, 3, padding=1)
-        self.fc = nn.Linear(12, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(F.relu(self.conv2(F.relu(self.norm(self.conv1(x))))).mean((2, 3)))
-
-
-EXAMPLE = torch.zeros(1, 2, 6, 6)
 
 
 def plan_for(name: str) -> dict:
@@ -42,16 +29,6 @@ def begin(name: str, method: str | Method, seed: int = 0) -> tuple[nn.Module, Ru
     made = get(method, **SETTINGS.get(method, {})) if isinstance(method, str) else method
     run = start(model, plan_for(name), made, EXAMPLE, steps=STEPS)
     return model, run, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
-
-
-def train(model: nn.Module, run: Run, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
-    for step in range(first, last):
-        generator = torch.Generator().manual_seed(step)
-        x, y = torch.randn(16, 2, 6, 6, generator=generator), torch.randint(0, 4, (16,), generator=generator)
-        optimizer.zero_grad()
-        (F.cross_entropy(model(x), y) + run.penalty()).backward()
-        optimizer.step()
-        run.step()
 
 
 def test_what_is_missing_is_said() -> None:

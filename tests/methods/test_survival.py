@@ -15,24 +15,13 @@ from espalier.errors import MethodError
 from espalier.graph import shrink
 from espalier.methods import Run, start
 from espalier.sparsity import Plan, scheme
+from tests.methods.networks import EXAMPLE, Net, batch
 
-EXAMPLE = torch.zeros(1, 2, 6, 6)
 SCHEMES = {
     "conv1": scheme("filter", 0.5),
     "conv2": scheme("block_punched", 0.3, m=4, n=4),
     "fc": scheme("weight+unify", 0.5),
 }
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.norm = nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.conv2 = nn.Conv2d(8, 12, 3, padding=1)
-        self.fc = nn.Linear(12, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(F.relu(self.conv2(F.relu(self.norm(self.conv1(x))))).mean((2, 3)))
 
 
 def begin(model: nn.Module, schemes: dict | None = None) -> Run:
@@ -43,8 +32,7 @@ def train(model: nn.Module, after: Callable[[], None], steps: int = 8, weights: 
     optimizer = torch.optim.SGD((weights or model).parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     model.train()
     for step in range(steps):
-        generator = torch.Generator().manual_seed(step)
-        x, y = torch.randn(16, 2, 6, 6, generator=generator), torch.randint(0, 4, (16,), generator=generator)
+        x, y = batch(step)
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()

@@ -39,6 +39,7 @@ class Emitter:
     tables: dict[str, tuple[Place, np.ndarray]] = field(default_factory=dict)
 
     def step(self, **fields: Any) -> None:
+        """Append a `Step` of these fields."""
         self.steps.append(Step(**fields))
 
     def array(self, name: str | None) -> np.ndarray | None:
@@ -48,6 +49,7 @@ class Emitter:
         return np.ascontiguousarray(self.graph.tensors[name].detach().cpu().float().numpy())
 
     def use(self, storage: Storage) -> Storage:
+        """A storage of the piece by its name: the first that came, so that all steps share one."""
         return self.storages.setdefault(storage.name, storage)
 
     def target(self, value: str) -> Place:
@@ -178,6 +180,7 @@ def activation_of(spec: Mapping[str, Any] | None) -> Activation:
 
 
 def fused_activation(node: Node) -> Activation:
+    """The activation that fusion gave a node, none where it gave none. Raises CompileError as `activation_of`."""
     return activation_of(node.attrs.get("activation"))
 
 

@@ -20,6 +20,10 @@ _CHUNK_FLOATS = 48 * 1024  # of activations that a chunk reads: they should stay
 
 
 def conv(e: Emitter, node: Node) -> None:
+    """act(window * x + bias + residual), as row-blocks over planes or, where that pays, by Winograd.
+
+    x: [i, h, w] or [i, w]; weight: [o, i / conv_groups, (y,) x]; an output of one pixel is made as by a linear layer.
+    """
     x, weight, bias, residual = (*node.inputs, None)[:4]
     w = e.array(weight)
     assert x is not None and w is not None
@@ -197,6 +201,7 @@ def _conv_at_one_pixel(e: Emitter, node: Node, w: np.ndarray, matrices: list[np.
 
 
 def linear(e: Emitter, node: Node) -> None:
+    """act(x w' + bias + residual), as row-blocks. x: [..., i]; weight: [o, i]; result: [..., o]."""
     weight = e.array(node.inputs[1])
     assert weight is not None
     out = e.clean_target(node.outputs[0])

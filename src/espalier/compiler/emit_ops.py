@@ -38,6 +38,7 @@ def affine(e: Emitter, node: Node) -> None:
 
 
 def batch_norm(e: Emitter, node: Node) -> None:
+    """A norm that nothing took up, as scale and shift per channel from its running mean and variance."""
     mean, var, weight, bias = (e.array(name) for name in node.inputs[1:5])
     assert mean is not None and var is not None
     scale = 1 / np.sqrt(var.astype(np.float64) + node.attrs["eps"]) * (1.0 if weight is None else weight)
@@ -77,6 +78,7 @@ def _unary(e: Emitter, node: Node, activation: Activation, arrays: dict[str, np.
 
 
 def binary(e: Emitter, node: Node) -> None:
+    """act(a op b), broadcast as PyTorch does; with a number in place of b, scale and shift."""
     if len([n for n in node.inputs if n is not None]) == 1:
         number = float(node.attrs["other"]) * float(node.attrs.get("alpha", 1))
         scale, shift = {"add": (1.0, number), "sub": (1.0, -number), "mul": (number, 0.0), "div": (0.0, 0.0)}[node.op]
@@ -117,6 +119,7 @@ def _operand_place(e: Emitter, name: str) -> Place:
 
 
 def pool(e: Emitter, node: Node) -> None:
+    """The maximum or mean of each window. x: [c, h, w] or [c, w]."""
     attrs = node.attrs
     (wy, wx), (sy, sx) = ([1, *attrs[k]][-2:] for k in ("window", "stride"))
     py, px = [0, *attrs["padding"]][-2:]
@@ -129,6 +132,7 @@ def pool(e: Emitter, node: Node) -> None:
 
 
 def adaptive(e: Emitter, node: Node) -> None:
+    """The mean of as many parts of a plane as the output has pixels. x: [c, h, w] or [c, w]."""
     y = e.target(node.outputs[0])
     x = e.places[str(node.inputs[0])].operand()
     e.step(name=node.name, op="adaptive", out=y.operand(), a=x, front=y.front(), nodes=(node.name,))
@@ -155,6 +159,7 @@ def reduced(node: Node, rank: int) -> list[int]:
 
 
 def pad(e: Emitter, node: Node) -> None:
+    """Fill the output with the number, then copy x into it. Amounts are 0 or more (`support`)."""
     x, y = e.places[str(node.inputs[0])], e.target(node.outputs[0])
     e.clear(y, f"{node.name}/fill", float(node.attrs["value"]))
     amounts = list(node.attrs["amounts"])

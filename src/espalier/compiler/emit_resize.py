@@ -10,6 +10,7 @@ from espalier.graph.ir import Node
 
 
 def resize(e: Emitter, node: Node) -> None:
+    """Up-sample planes [c, h, w], to the nearest pixel or bilinearly; `_places` says where each output looks."""
     x, y = e.places[str(node.inputs[0])], e.target(node.outputs[0])
     a, out = x.operand(), y.operand()
     scales = node.attrs["scale"] or [None, None]

@@ -160,6 +160,7 @@ def linear(e: Emitter, node: Node) -> None:
 
 
 def layer_norm(e: Emitter, node: Node) -> None:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension."""
     weight, bias = ((*node.inputs, None, None)[k] for k in (1, 2))
     arrays = {}
     for key, name in (("values", weight), ("bias", bias)):
@@ -170,6 +171,7 @@ def layer_norm(e: Emitter, node: Node) -> None:
 
 
 def softmax(e: Emitter, node: Node) -> None:
+    """exp(x) / sum exp(x) over `dim`, or its logarithm. Dimensions are the graph's: 0 is the batch."""
     rank = len(e.layout.shapes[node.outputs[0]])
     dim = node.attrs["dim"]
     dim = dim - 1 if dim > 0 else dim + rank
@@ -214,6 +216,7 @@ def _positions(x: Place, y: Place, dim: int) -> list[tuple[int, int, int]]:
 
 
 def matmul(e: Emitter, node: Node) -> None:
+    """a @ b of two activations. a: [..., rows, k]; b: [..., k, columns]."""
     a, b = (e.places[str(name)] for name in node.inputs[:2])
     e.places[node.outputs[0]] = _product(e, node, a, b, node.outputs[0], 1.0)
 

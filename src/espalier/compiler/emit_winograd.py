@@ -35,6 +35,7 @@ _TRANSFORM_CYCLES, _STREAMED_WEIGHT, _CACHED_WEIGHTS = 150.0, 24.0, 1 << 18
 
 
 def tiles(size: int) -> int:
+    """How many tiles of 4 pixels cover `size` pixels."""
     return -(-size // 4)
 
 

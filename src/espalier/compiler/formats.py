@@ -41,6 +41,7 @@ class RowBlocks:
 
     @property
     def blocks(self) -> int:
+        """How many blocks of `height` rows."""
         return len(self.offsets) - 1
 
     @property

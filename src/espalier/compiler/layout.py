@@ -50,10 +50,12 @@ class Storage:
 
     @property
     def margins(self) -> bool:
+        """Whether zeros lie around its planes."""
         return self.vertical > 0 or self.side > 0
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of one sample in the arena."""
         rows = (self.height + self.vertical) * self.row_stride + 2 * VECTOR  # nothing lies behind the last row
         return 4 * (self.front + (rows if self.by_rows else self.channels * self.plane))
 
@@ -75,11 +77,13 @@ class Place:
         return self.operand_of(*four(self.shape, self.strides))
 
     def operand_of(self, sizes: Four, strides: Four) -> Operand:
+        """An operand of these sizes and strides (floats) that begins where the place does."""
         name = self.storage.name if self.storage else ""
         return Operand(self.space, self.index, self.offset, sizes, strides, name, self.constant)  # type: ignore[arg-type]
 
     @property
     def dense(self) -> bool:
+        """Whether its elements lie one after another."""
         wanted = dense_strides(self.shape)
         return all(size == 1 or a == b for size, a, b in zip(self.shape, self.strides, wanted))
 
@@ -225,10 +229,12 @@ class Layout:
     # -- while planning --
 
     def add(self, name: str, shape: tuple[int, ...]) -> None:
+        """A root for a value of this per-sample shape, without margins so far."""
         self.roots[name] = Root(*planes_of(shape))
         self.above[name] = name
 
     def need(self, root: str, vertical: int, side: int) -> None:
+        """Give a root margins of so many rows and columns at least."""
         r = self.roots[root]
         r.vertical, r.side = max(r.vertical, vertical), max(r.side, side)
 

@@ -94,6 +94,7 @@ class Operand:
     constant: np.ndarray | None = None
 
     def words(self) -> list[int]:
+        """The integers that a program's bytes hold for it (native/src/program.h)."""
         return [SPACES[self.space], self.index, self.offset, *self.sizes, *self.strides]
 
 
@@ -124,6 +125,7 @@ class Step:
 
     @property
     def note(self) -> str:
+        """The format of its weights and why: what `espalier bench` shows."""
         return f"{self.format}: {self.reason}" if self.reason else self.format
 
 

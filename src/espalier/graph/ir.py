@@ -69,14 +69,17 @@ class Site:
 
     @property
     def weights(self) -> int:
+        """How many numbers the weight has."""
         return math.prod(self.shape)
 
     @property
     def macs(self) -> int:
+        """Multiply-accumulates of one sample, dense."""
         return self.weights * self.positions
 
     @property
     def depthwise(self) -> bool:
+        """Whether each filter reads one channel."""
         return self.op == "conv" and self.conv_groups > 1 and self.shape[1] == 1
 
 

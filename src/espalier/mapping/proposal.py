@@ -100,16 +100,7 @@ def propose(
     rule = Rule(latency, Damage(graph.tensors, latency.layers, harms), beta=beta, others=max(0, others))
     dense, least = _cost(rule.total({s: Choice(None, 1.0, "") for s in sites})), _cost(rule.least())
     limits = targets.limits(dense)
-    most = dense.latency_ms / least.latency_ms
-    tell(
-        f"reachable: {dense.latency_ms:.4g} .. {least.latency_ms:.4g} ms (1 .. {most:.2f}x), "
-        f"{dense.size_mb:.4g} .. {least.size_mb:.4g} MB, {dense.macs:.4g} .. {least.macs:.4g} MACs"
-    )
-    for kind, limit in limits.items():
-        if limit < least[kind]:
-            reachable = np.array([least[k] for k in limits])
-            why = rule.bounds() if kind == "latency_ms" else ""
-            raise Unreachable(list(limits), np.array(list(limits.values())), reachable, why)
+    _check_reachable(rule, limits, dense, least, tell)
     if evaluate is not None and harms is None:
         if isinstance(model, Graph):
             raise PlanError("evaluating needs the network itself: give propose the module, not its graph")
@@ -163,6 +154,21 @@ def plan(
     """
     targets = Targets(speedup, latency_ms, size_mb, macs, max_drop)
     return propose(model, example_inputs, targets, evaluate=evaluate, threads=threads, beta=beta, tell=tell).plan
+
+
+def _check_reachable(
+    rule: Rule, limits: Mapping[str, float], dense: Cost, least: Cost, tell: Callable[[str], None]
+) -> None:
+    """Tell what is reachable; raise Unreachable where a limit is not."""
+    tell(
+        f"reachable: {dense.latency_ms:.4g} .. {least.latency_ms:.4g} ms "
+        f"(1 .. {dense.latency_ms / least.latency_ms:.2f}x), "
+        f"{dense.size_mb:.4g} .. {least.size_mb:.4g} MB, {dense.macs:.4g} .. {least.macs:.4g} MACs"
+    )
+    if short := [kind for kind, limit in limits.items() if limit < least[kind]]:
+        reachable = np.array([least[kind] for kind in limits])
+        why = rule.bounds() if short[0] == "latency_ms" else ""
+        raise Unreachable(list(limits), np.array(list(limits.values())), reachable, why)
 
 
 def _verified(

@@ -24,6 +24,7 @@ class Option:
     ms: float
 
     def scheme(self) -> Scheme | None:
+        """The scheme of this choice; None for dense."""
         return None if self.label is None else find(self.label).at(self.density)
 
 

@@ -71,6 +71,7 @@ class Targets:
 
     @property
     def empty(self) -> bool:
+        """Whether nothing is asked for."""
         return all(value is None for value in asdict(self).values())
 
     def told(self) -> dict[str, float]:

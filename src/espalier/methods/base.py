@@ -129,6 +129,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """Whether the weights lie in the plan, held there by `step`."""
         return bool(self._frozen) or not self.targets
 
     @property

@@ -18,11 +18,16 @@ class Scored(Protocol):
     """What `train.evaluate` gives: accuracy 0..1, mean loss, and the number of samples it was measured on."""
 
     @property
-    def accuracy(self) -> float: ...
+    def accuracy(self) -> float:
+        """0..1."""
+
     @property
-    def loss(self) -> float: ...
+    def loss(self) -> float:
+        """The mean over samples."""
+
     @property
-    def n(self) -> int: ...
+    def n(self) -> int:
+        """How many samples."""
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class Lane:
 
     @property
     def rule(self) -> Rule:
+        """The rule itself."""
         return self.target.scheme.rules[self.r]
 
     @property

@@ -41,9 +41,11 @@ class Template:
         return made if density is None or not self.loose else scheme(self.name, min(density, self.top), **self.options)
 
     def tied(self, block: tuple[int, int], free: float) -> Template:
+        """Its ties in blocks of (rows, columns), the share `free` of them left alone."""
         return Template(self.name, {**self.options, "unify.r": block[0], "unify.c": block[1], "unify.free": free})
 
     def without(self, part: str, instead: str = "") -> Template:
+        """Without one part and its options, or `instead` where nothing else is left."""
         name = "+".join(p for p in self.name.split("+") if p != part) or instead
         known = [o for p in name.split("+") if p for o in (*CATALOG[p].options, "density")]
         kept = {k: v for k, v in self.options.items() if "." not in k and k in known}

@@ -24,6 +24,7 @@ class Size:
 
     @property
     def density(self) -> float:
+        """The kept share of conv and linear weights, 0..1."""
         return self.nonzero / max(1, self.weights)
 
 
