@@ -56,6 +56,8 @@ ESP_API double esp_peak_gflops(int32_t threads);
 
 /* Check `size` bytes and make a program of them; the bytes are copied. `message` gets the reason of a refusal. */
 ESP_API int esp_load(const void *bytes, size_t size, esp_program **program, char *message, size_t capacity);
+/* The bytes that it was made of: the program's own copy, which lives as long as it does. */
+ESP_API const void *esp_program_bytes(const esp_program *program, size_t *size);
 /* Free its contexts first. */
 ESP_API void esp_free(esp_program *program);
 

@@ -20,8 +20,7 @@ static const int64_t MAX_FLOATS = (int64_t)1 << 38;
 typedef struct {
     esp_program *program;
     const char *problem; /* the first one found; NULL while all is well */
-    char *strings;       /* zero-terminated copies of names */
-    int64_t strings_used, strings_capacity;
+    int64_t strings_used, strings_capacity; /* of the program's */
 } reader;
 
 int esp_fail(char *message, size_t capacity, int code, const char *format, ...)
@@ -74,7 +73,7 @@ static const char *string(reader *r, int64_t offset, int64_t length)
     }
     const uint8_t *text = array(r, offset, length, 1);
     if (!text) return "";
-    char *copy = r->strings + r->strings_used;
+    char *copy = r->program->strings + r->strings_used;
     memcpy(copy, text, (size_t)length);
     copy[length] = 0;
     r->strings_used += length + 1;
@@ -230,15 +229,14 @@ static int bind_steps(esp_program *p, char *message, size_t capacity)
 static int load_into(esp_program *p, const void *bytes, size_t size, char *message, size_t capacity)
 {
     p->size = (int64_t)size;
-    /* one block: the file, aligned for vectors, then its names again with a zero behind each */
     if (size > (size_t)1 << 40) return esp_fail(message, capacity, ESP_BAD_PROGRAM, "not a valid program: too large");
-    size_t aligned = (size + 63) / 64 * 64 + ESP_SLACK * 4;
-    size_t names = size < (size_t)1 << 24 ? size + 4096 : (size_t)1 << 24;
-    uint8_t *room = esp_pages(aligned + names);
-    if (!room) return esp_fail(message, capacity, ESP_NO_MEMORY, "out of memory for a program of %zu bytes", size);
-    p->bytes = room;
-    memcpy(room, bytes, size);
-    reader r = {p, NULL, (char *)room + aligned, 0, (int64_t)names};
+    const size_t names = size < (size_t)1 << 24 ? size + 4096 : (size_t)1 << 24; /* at most; untouched, it takes nothing */
+    p->bytes = esp_pages((size + 63) / 64 * 64 + ESP_SLACK * 4);
+    p->strings = malloc(names);
+    if (!p->bytes || !p->strings)
+        return esp_fail(message, capacity, ESP_NO_MEMORY, "out of memory for a program of %zu bytes", size);
+    memcpy(p->bytes, bytes, size);
+    reader r = {p, NULL, 0, (int64_t)names};
     int code = read_tables(&r, message, capacity);
     return code ? code : bind_steps(p, message, capacity);
 }
@@ -270,10 +268,17 @@ int esp_load(const void *bytes, size_t size, esp_program **program, char *messag
     return ESP_OK;
 }
 
+const void *esp_program_bytes(const esp_program *program, size_t *size)
+{
+    if (size) *size = program ? (size_t)program->size : 0;
+    return program ? program->bytes : NULL;
+}
+
 void esp_free(esp_program *program)
 {
     if (!program) return;
     free(program->bytes);
+    free(program->strings);
     free(program->tensors);
     free(program->elements);
     free(program->steps);

@@ -146,6 +146,7 @@ typedef struct {
 
 struct esp_program {
     uint8_t *bytes;
+    char *strings; /* names, with a zero behind each */
     int64_t size, arena_floats;
     int32_t inputs_count, outputs_count, steps_count;
     esp_tensor *tensors; /* inputs, then outputs */

@@ -54,6 +54,11 @@ def test_the_engine_reads_it_back() -> None:
     assert got.tolist() == [[10, 20, 30], [40, 50, 60]]
 
 
+def test_the_engine_gives_back_what_it_loaded() -> None:
+    data = scaling(2.0, 5.0).to_bytes()
+    assert LoadedProgram(data).to_bytes() == data
+
+
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4), (1, 1, 7, 2)])
 def test_dense_strides(shape) -> None:
     array = np.empty(shape, np.float32)

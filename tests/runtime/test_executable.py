@@ -1,7 +1,9 @@
 """Calling a compiled network: kinds, shapes, batches, threads, tables."""
 
+import gc
 import os
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +15,7 @@ from espalier.errors import EngineError, ShapeError
 from espalier.graph.capture import capture
 from espalier.runtime import engine
 from espalier.runtime.executable import compile
+from espalier.store import load, save
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,25 @@ def test_the_kind_of_the_input_comes_back(network, executable, assert_close) -> 
     assert_close(got, network(x))
     assert_close(executable(x.permute(0, 1, 3, 2)), network(x.permute(0, 1, 3, 2)))  # not contiguous
     assert_close(executable(input=x), network(x))
+
+
+def test_weights_are_held_by_the_engine_alone(tmp_path, assert_close) -> None:
+    """Their arrays and the bytes of the program are dropped once it is loaded; saving reads them from the engine."""
+    network, x = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 3)).eval(), torch.randn(2, 512)
+    tracemalloc.start()
+    program = compile(network, x, threads=1)
+    gc.collect()
+    of_arrays = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
+    held = sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([of_arrays]).traces)
+    tracemalloc.stop()
+    assert held < 4 * 512 * 1024 / 100
+    assert not any(piece.code for piece in program.pieces) and not any(step.arrays for step in program.steps())
+    save(program, None, tmp_path / "net.esp")
+    again = load(tmp_path / "net.esp", threads=1)
+    assert not any(piece.code for piece in again.pieces)
+    save(again, None, tmp_path / "again.esp")
+    assert load(tmp_path / "again.esp", threads=1).loaded()[0][1].to_bytes() == program.loaded()[0][1].to_bytes()
+    assert_close(again(x), program(x))
 
 
 @pytest.mark.parametrize(

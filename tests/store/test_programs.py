@@ -131,7 +131,7 @@ def test_a_hostile_program_is_an_error_or_runs(tmp_path: Path) -> None:
         torch.randn(1, 3, 4, 4),
     )
     program, rng, path = es.compile(model, x, threads=1), random.Random(0), tmp_path / "net.esp"
-    whole = program.pieces[0].program.to_bytes()
+    whole = program.loaded()[0][1].to_bytes()
     refused = 0
     for _ in range(60):
         damaged = bytearray(whole)

@@ -22,7 +22,7 @@ from espalier.graph.ir import Graph, Node
 class Piece:
     """Part of a graph that runs in one go: by the engine (`program`), or by PyTorch (`reasons`: node -> why).
 
-    code: the bytes of the program where they come from a file; its steps then have no arrays.
+    code: the bytes of the program, until the engine has loaded them. They hold all arrays: its steps have none.
     """
 
     graph: Graph
@@ -67,7 +67,8 @@ def split(graph: Graph) -> tuple[Piece, ...]:
         part = subgraph(graph, nodes)
         why = tuple((n.name, reasons[n.name]) for n in nodes if reasons[n.name])
         if native and any(LOWERINGS[n.op].fresh for n in nodes) and not _strange_ends(part, batch):
-            pieces.append(Piece(part, _program(fuse(part), batch)))
+            program = _program(fuse(part), batch)
+            pieces.append(Piece(part, program.without_arrays(), code=program.to_bytes()))
         else:
             pieces.append(Piece(part, None, why))
     return tuple(pieces)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -146,6 +146,15 @@ class Program:
         """The program as the engine loads it."""
         return _Writer(self).written()
 
+    def without_arrays(self) -> Program:
+        """What remains to be told of it once its bytes are written: weights are large."""
+        steps = [replace(s, arrays={}, out=_bare(s.out), a=_bare(s.a), b=_bare(s.b)) for s in self.steps]
+        return replace(self, steps=tuple(steps))
+
+
+def _bare(operand: Operand) -> Operand:
+    return replace(operand, constant=None)
+
 
 class _Writer:
     """Lays tables, names and arrays behind one another; equal arrays are stored once."""
@@ -156,7 +165,7 @@ class _Writer:
         self.tensors_at = _HEADER_SIZE
         self.steps_at = self.tensors_at + 8 * _TENSOR_WORDS * tensors
         self.end = self.steps_at + 8 * _STEP_WORDS * len(program.steps)
-        self.pieces: list[tuple[int, bytes]] = []
+        self.pieces: list[tuple[int, bytes | memoryview]] = []  # by offset
         self.known: dict[Any, int] = {}
 
     def written(self) -> bytes:
@@ -169,14 +178,13 @@ class _Writer:
         size = _aligned(self.end)
         counts = [len(program.inputs), len(program.outputs), len(program.steps)]
         head = [size, -(-program.arena_size // 4), *counts, self.tensors_at, self.steps_at]
-        result = bytearray(size)
-        struct.pack_into(f"<8sII{len(head)}q", result, 0, MAGIC, FORMAT_VERSION, 0, *head)
-        struct.pack_into(f"<{len(words)}q", result, self.tensors_at, *words)
-        for offset, piece in self.pieces:
-            result[offset : offset + len(piece)] = piece
-        return bytes(result)
+        tables = [
+            (0, struct.pack(f"<8sII{len(head)}q", MAGIC, FORMAT_VERSION, 0, *head)),
+            (self.tensors_at, struct.pack(f"<{len(words)}q", *words)),
+        ]
+        return _joined([*tables, *self.pieces], size)
 
-    def _put(self, key: Any, piece: bytes) -> int:
+    def _put(self, key: Any, piece: bytes | memoryview) -> int:
         if key not in self.known:
             self.known[key] = self.end = _aligned(self.end)
             self.pieces.append((self.end, piece))
@@ -191,7 +199,7 @@ class _Writer:
         if array is None or not array.size:
             return [0, 0]
         plain = np.ascontiguousarray(array, dtype=np.dtype(dtype).newbyteorder("<"))
-        return [self._put((id(array), dtype), plain.tobytes()), plain.size]
+        return [self._put((id(array), dtype), plain.reshape(-1).view(np.uint8).data), plain.size]
 
     def _tensor(self, spec: TensorSpec) -> list[int]:
         return [*self._text(spec.name), len(spec.shape), *spec.shape, *[0] * (8 - len(spec.shape))]
@@ -213,6 +221,13 @@ class _Writer:
         words += [*self._text(step.name), *self._text(step.note)]
         words += [*step.params, *[0] * (_PARAMS - len(step.params))]
         return words + [0] * (_STEP_WORDS - len(words))
+
+
+def _joined(pieces: Sequence[tuple[int, bytes | memoryview]], size: int) -> bytes:
+    """Pieces at their offsets, which ascend, and zeros between them; large ones are copied once."""
+    ends = [(offset + len(piece), piece) for offset, piece in pieces]
+    starts = [*[offset for offset, _ in pieces[1:]], size]
+    return b"".join(part for (end, piece), start in zip(ends, starts) for part in (piece, bytes(start - end)))
 
 
 def _aligned(size: int, to: int = 64) -> int:

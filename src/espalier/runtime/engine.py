@@ -29,6 +29,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "esp_isa": (c_int, [c_char_p, c_size_t]),
     "esp_peak_gflops": (c_double, [c_int32]),
     "esp_load": (c_int, [c_char_p, c_size_t, POINTER(c_void_p), c_char_p, c_size_t]),
+    "esp_program_bytes": (c_void_p, [c_void_p, POINTER(c_size_t)]),
     "esp_free": (None, [c_void_p]),
     "esp_workspace_size": (c_int64, [c_void_p]),
     "esp_step_count": (c_int32, [c_void_p]),
@@ -146,6 +147,12 @@ class LoadedProgram:
         self.steps = [self._text("esp_step_name", i) for i in range(count)]
         self.notes = [self._text("esp_step_note", i) for i in range(count)]
         self.kernels = [self._text("esp_step_kernel", i) for i in range(count)]
+
+    def to_bytes(self) -> bytes:
+        """A copy of what it was loaded from."""
+        size = c_size_t()
+        address = self._library.esp_program_bytes(self._handle, ctypes.byref(size))
+        return ctypes.string_at(address, size.value)
 
     def __del__(self) -> None:
         if self._handle is not None:

@@ -6,7 +6,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class _Native:
     def __init__(self, piece: Piece, threads: int) -> None:
         assert piece.program is not None
         self.program, self.threads = piece.program, threads
-        self.loaded = LoadedProgram(piece.code or piece.program.to_bytes())
+        self.loaded = LoadedProgram(piece.code)
         self.inputs, self.outputs = piece.graph.inputs, piece.graph.outputs
         self.idle: list[Context] = [Context(self.loaded, threads)]
 
@@ -119,9 +119,9 @@ class Executable:
             # views are told from copies, also inside the caller's inference mode
             with torch.inference_mode(False), torch.no_grad(), choosing(tuned(graph, self.threads) if tune else None):
                 pieces = split(graph)
-        self._pieces = pieces
         self._batch = batch_of(graph)
-        self._runners = [_Native(p, self.threads) if p.program else _Torch(p) for p in self._pieces]
+        self._runners = [_Native(p, self.threads) if p.program else _Torch(p) for p in pieces]
+        self._pieces = tuple(replace(p, code=b"") for p in pieces)  # the engine has its own copy
 
     @property
     def fallbacks(self) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ class _StepRow:
 def dump(program: Executable) -> list[tuple[dict[str, Any], bytes]]:
     """Every piece as JSON values, and the bytes of its program (none where PyTorch runs it)."""
     pieces = []
+    engine = iter(program.loaded())
     for piece in program.pieces:
         row: dict[str, Any] = {
             "nodes": [node.name for node in piece.graph.nodes],
@@ -43,7 +44,8 @@ def dump(program: Executable) -> list[tuple[dict[str, Any], bytes]]:
             asdict(_StepRow(s.name, s.op, s.format, s.reason, s.nonzeros, s.weights, [*s.out.sizes], [*s.a.sizes]))
             for s in piece.program.steps
         ]
-        pieces.append((row, piece.code or piece.program.to_bytes()))
+        _, loaded = next(engine)
+        pieces.append((row, loaded.to_bytes()))
     return pieces
 
 
