@@ -53,7 +53,7 @@ def compress_command(
     nonzero: float | None = None,
     allocation: Literal["rule", "sensitivity", "method"] | None = None,
     scheme: str | None = None,
-    method: str = "admm",
+    method: str = "magnitude",
     scheme_options: dict[str, Any] | None = None,
     method_options: dict[str, Any] | None = None,
     max_drop: float = 1.0,
@@ -88,9 +88,9 @@ def compress_command(
         allocation: how that is split over the layers; default: rule, with a scheme and size_mb or macs sensitivity
         scheme: what may die together: filter, column, channel, shape, layer, block_punched, block_column, block_row,
             kernel, pattern, n_m, micro_block, weight or unify; several joined by +; default: filter+column
-        method: admm, magnitude, primal_proximal, reweighted, selective_decay or structure_parameters
+        method: magnitude (along a ramp), admm, primal_proximal, reweighted, selective_decay or structure_parameters
         scheme_options: such as {"m": 4, "n": 4}
-        method_options: such as {"every": 3}
+        method_options: such as {"score": "taylor"}
         max_drop: points of accuracy that may be lost
         epochs: of shaping and retraining together
         dense_epochs: of training the dense network first; default: as many as epochs, none when weights are given

@@ -73,7 +73,7 @@ def compress(
     nonzero: float | None = None,
     allocation: Literal["rule", "sensitivity", "method"] | None = None,
     scheme: str | None = None,
-    method: str | Method = "admm",
+    method: str | Method = "magnitude",
     scheme_options: dict[str, Any] | None = None,
     method_options: dict[str, Any] | None = None,
     max_drop: float = 1.0,

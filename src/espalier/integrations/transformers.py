@@ -43,7 +43,7 @@ class PruningCallback(_Base):
     def __init__(
         self,
         plan: Plan | Mapping[str, Scheme],
-        method: Method | str = "admm",
+        method: Method | str = "magnitude",
         *,
         example_inputs: ExampleInputs,
         shaping: float = 0.5,
