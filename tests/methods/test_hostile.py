@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from espalier.errors import MethodError, SchemeError
+import espalier as es
+from espalier.errors import MethodError, PlanError, SchemeError
 from espalier.graph import shrink
 from espalier.methods import METHODS, Run, get, remove_unused, start
 from espalier.sparsity import Plan, scheme
@@ -155,3 +157,34 @@ def test_weights_that_are_no_numbers_are_told(method: str) -> None:
         for _ in range(4):
             run.step()
         run.finish()
+
+
+class Hollow(nn.Module):
+    """Two of its layers have no width: one makes nothing, the next makes its bias of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out, self.side = nn.Linear(6, 0), nn.Linear(0, 5), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.into(x)) + self.side(x)
+
+
+@pytest.mark.parametrize("make,width", [(Hollow, 6), (lambda: nn.Sequential(nn.Linear(0, 5), nn.Linear(5, 3)), 0)])
+def test_layers_of_no_width_are_left_alone(make: Callable[[], nn.Module], width: int, tmp_path: Path) -> None:
+    model, x = make().eval(), torch.randn(2, width)
+    assert all(site.weights for site in es.capture(model, x).sites().values())
+    run = start(model, Plan.uniform("column", 0.5), "admm", x, steps=4)
+    run.penalty()
+    run.step()
+    run.finish()
+    want = model(x).detach()
+    torch.testing.assert_close(shrink(model, x)(x).detach(), want)
+    torch.testing.assert_close(torch.as_tensor(es.compile(model, x)(x)), want)
+    es.save(model, x, tmp_path / "hollow.esp")
+    torch.testing.assert_close(torch.as_tensor(es.load(tmp_path / "hollow.esp")(x)), want)
+
+
+def test_a_plan_for_a_layer_of_no_width_names_those_that_have_one() -> None:
+    with pytest.raises(PlanError, match=r"into.*side"):
+        start(Hollow(), Plan.of({"into": scheme("filter", 0.5)}), "admm", torch.randn(2, 6), steps=4)

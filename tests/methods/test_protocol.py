@@ -36,8 +36,12 @@ def test_what_is_missing_is_said() -> None:
         start(Net(), plan_for("filter"), "admm", EXAMPLE)
     with pytest.raises(UnknownNameError, match="did you mean 'admm'"):
         get("adm")
-    with pytest.raises(MethodError, match="rho"):
-        get("admm", rho=3)
+    with pytest.raises(UnknownNameError, match="option of method admm 'rho_strat': did you mean 'rho_start'"):
+        get("admm", rho_strat=3)
+    with pytest.raises(UnknownNameError, match=r"option of method admm 'foo': Known: every, .*updates"):
+        start(Net(), plan_for("filter"), "admm", EXAMPLE, steps=STEPS, foo=3)
+    with pytest.raises(MethodError, match="leave updates out"):
+        start(Net(), plan_for("filter"), get("admm"), EXAMPLE, steps=STEPS, updates=3)
     with pytest.raises(MethodError, match="finish"):
         begin("filter", "admm")[1].tighten({})
 

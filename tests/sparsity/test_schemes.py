@@ -9,6 +9,7 @@ import torch
 from espalier.errors import SchemeError, UnknownNameError
 from espalier.graph.ir import Site
 from espalier.sparsity import CATALOG, EqualMagnitude, KeepLargest, Rule, Scheme, Structure, Zero, scheme, unfit
+from espalier.sparsity.masked import masked
 
 SHAPES = [((8, 6), 1), ((10, 6, 3, 3), 1), ((8, 2, 3, 3), 2), ((6, 4, 5), 1)]
 COMPOUND = ["filter+column", "pattern+kernel", "weight+unify", "block_punched+unify", "n_m+filter"]
@@ -135,16 +136,44 @@ def test_projecting_a_whole_resnet50_takes_under_half_a_second() -> None:
     weights, before = [torch.randn(shape) for shape in shapes], torch.get_num_threads()
     torch.set_num_threads(min(2, before))
     try:
-        for name in ("filter", "column", "block_punched", "kernel", "weight"):
-            made, seconds = scheme(name, 0.2), []
+        for name, row in CATALOG.items():
+            made, seconds = scheme(name, None if row.own else 0.2), []
+            fit = [w for w in weights if unfit(made, Site("w", "conv", tuple(w.shape))) is None]
             while len(seconds) < 10 and min(seconds, default=1.0) >= 0.5:  # other work may take the cores for a while
                 start = time.perf_counter()
-                for w in weights:
+                for w in fit:
                     made.project(w)
                 seconds.append(time.perf_counter() - start)
             assert min(seconds) < 0.5, f"{name}: {min(seconds):.2f} s"
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8])
+def test_masked_leaves_exact_zeros_and_the_rest_as_it_was(dtype: torch.dtype) -> None:
+    values = [-1.5, 0.0, 2.0] if not dtype.is_floating_point else [-1.5, -0.0, 2.0, float("inf"), float("nan")]
+    w = torch.tensor(values * 40).to(dtype).reshape(10, -1).T  # transposed: not contiguous
+    mask = torch.rand(w.shape) < 0.5
+    got = masked(w, mask)
+    assert got.dtype == dtype and torch.equal(got[mask].nan_to_num(7), w[mask].nan_to_num(7))
+    assert not got[~mask].any() and (not dtype.is_floating_point or not got[~mask].signbit().any())
+
+
+def test_a_rule_that_leaves_no_group_alone_snaps_edge_blocks_too() -> None:
+    torch.manual_seed(6)
+    w = torch.randn(1, 5)
+    w[0, 4] = 9.0  # alone in its block of four
+    (rule,) = scheme("n_m", keep=1, of=4).rules
+    assert bool(rule.chosen(w).all()) and scheme("micro_block", 0.0).project(w).count_nonzero() == 0
+
+
+def test_dead_blocks_do_not_count_in_the_share_that_is_left_alone() -> None:
+    torch.manual_seed(7)
+    w = torch.randn(40, 4)
+    w[10:] = 0.0
+    w[0] = 1.0  # alive, and of one magnitude already: it loses nothing
+    (rule,) = scheme("unify", free=0.5).rules
+    assert int((~rule.chosen(w)).sum()) == 5 and bool(rule.chosen(w)[0])
 
 
 def test_half_precision_and_nan() -> None:

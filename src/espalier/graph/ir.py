@@ -120,7 +120,7 @@ class Graph:
         return table
 
     def sites(self) -> dict[str, Site]:
-        """The weights that a scheme can shape: input 1 of every conv and linear node that is a parameter."""
+        """The weights that a scheme can shape: input 1 of conv and linear nodes, where it is a tensor with entries."""
         sites: dict[str, Site] = {}
         for node in self.nodes:
             if node.op not in ("conv", "linear") or node.inputs[1] not in self.tensors:
@@ -128,6 +128,8 @@ class Graph:
             name = node.inputs[1]
             assert name is not None
             shape, out = self.values[name].shape, self.values[node.outputs[0]]
+            if not math.prod(shape):  # a layer of no width
+                continue
             per_sample = math.prod(out.shape[1:] if out.batched else out.shape)
             before = sites[name].positions if name in sites else 0  # a shared weight works at each use
             positions = before + per_sample // shape[0]

@@ -71,10 +71,8 @@ def _demand(
         weight = graph.tensors[node.inputs[1]].detach().cpu()  # type: ignore[index]
         groups = int(node.attrs.get("conv_groups", 1))
         source = along(state[node.inputs[0]], _dim(graph, node)) != ZERO  # type: ignore[index]
-        used = ((weight != 0).flatten(2).any(2) if weight.ndim > 2 else weight != 0).reshape(
-            groups, -1, weight.shape[1]
-        )
-        used = used & source.reshape(groups, 1, -1)
+        used = (weight != 0).flatten(2).any(2) if weight.ndim > 2 else weight != 0
+        used = used.unflatten(0, (groups, -1)) & source.reshape(groups, 1, -1)
         outputs = root[found.labels[f"{node.inputs[1]}@0"]].reshape(groups, -1)
         inputs = root[found.labels[f"{node.inputs[1]}@1"]].reshape(groups, -1)
         edges.append((used, outputs, inputs))

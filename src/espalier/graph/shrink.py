@@ -114,13 +114,13 @@ def _cut_weight(graph: Graph, live: Liveness, name: str) -> Tensor:
     rows, columns = _keeps(live, f"{name}@0").reshape(groups, -1), _keeps(live, f"{name}@1").reshape(groups, -1)
     if bool((rows.sum(1) <= 1).all()) and columns.shape[1] == 1:
         columns = torch.ones_like(columns)  # depthwise: the rows say it all
-    parts = weight.reshape(groups, -1, *weight.shape[1:])
+    parts = weight.unflatten(0, (groups, -1))
     kept = [
         part[row.to(weight.device)][:, column.to(weight.device)]
         for part, row, column in zip(parts, rows, columns)
         if bool(row.any())
     ]
-    return torch.cat(kept)
+    return torch.cat(kept or [weight])  # nothing was there to keep
 
 
 def _cut_value(graph: Graph, live: Liveness, value: Value, tensors: Mapping[str, Tensor]) -> Value:

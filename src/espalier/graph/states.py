@@ -51,7 +51,7 @@ def reads(graph: Graph, node: Node, state: Tensor) -> tuple[Tensor, Tensor]:
     weight = graph.tensors[node.inputs[1]].detach().cpu()  # type: ignore[index]
     groups = int(node.attrs.get("conv_groups", 1))
     used = (weight != 0).flatten(2).any(2) if weight.ndim > 2 else weight != 0
-    used = used.reshape(groups, -1, used.shape[1])
+    used = used.unflatten(0, (groups, -1))
     sources = state.reshape(groups, 1, -1)
     return (used & (sources == VARIES)).any(2).flatten(), (used & (sources == CONSTANT)).any(2).flatten()
 

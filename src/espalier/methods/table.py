@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,13 +30,17 @@ METHODS: dict[str, type[Method]] = {
 
 
 def get(name: str, **options: Any) -> Method:
-    """A method by name. Raises UnknownNameError for a name, MethodError for an option that it does not have.
+    """A method by name. Raises UnknownNameError for a name or an option that there is not, MethodError for a bad value.
 
     >>> get("admm", updates=20).updates
     20
     """
     if name not in METHODS:
         raise UnknownNameError("method", name, METHODS)
+    known = inspect.signature(METHODS[name]).parameters
+    for option in options:
+        if option not in known:
+            raise UnknownNameError(f"option of method {name}", option, known)
     try:
         return METHODS[name](**options)
     except TypeError as error:
@@ -49,14 +54,18 @@ def start(
     example_inputs: ExampleInputs,
     *,
     steps: int | None = None,
+    **options: Any,
 ) -> Run:
     """Start to train `model` into `plan`.
 
-    plan: a Plan, or site -> scheme. method: a method, or its name. steps: how many optimizer steps there will be before
-    `finish`; methods with a ramp need it. Raises PlanError, MethodError, UnknownNameError, CaptureError.
+    plan: a Plan, or site -> scheme. method: a method, or its name and `options`. steps: how many optimizer steps there
+    will be before `finish`; methods with a ramp need it. Raises PlanError, MethodError, UnknownNameError, CaptureError.
 
-    >>> run = start(model, Plan.uniform("filter", 0.5), "admm", x, steps=1000)
+    >>> run = start(model, Plan.uniform("filter", 0.5), "admm", x, steps=1000, updates=20)
     """
+    if options and not isinstance(method, str):
+        raise MethodError(f"the method has its options already: leave {', '.join(options)} out, or give its name")
+    made = get(method, **options) if isinstance(method, str) else method
     graph = capture(model, example_inputs)
     schemes = plan.resolve(graph.sites()) if isinstance(plan, Plan) else dict(plan)
-    return Run(graph, schemes, get(method) if isinstance(method, str) else method, steps)
+    return Run(graph, schemes, made, steps)

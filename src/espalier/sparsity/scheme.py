@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from espalier.errors import SchemeError
+from espalier.sparsity.masked import masked
 from espalier.sparsity.snaps import Snap
 from espalier.sparsity.structures import Structure
 
@@ -39,11 +40,13 @@ class Rule:
     def chosen(self, w: Tensor, conv_groups: int = 1) -> Tensor:
         """Boolean ``[groups]``: the groups that lose least by the snap, all but the share `free`."""
         wide = w.detach().to(torch.float32) if w.dtype in (torch.float16, torch.bfloat16) else w.detach()
+        sizes = self.structure.group_sizes(w.shape, conv_groups).to(w.device)
+        if self.free <= 0 and not torch.isnan(wide.sum()):  # all of them
+            return torch.ones_like(sizes, dtype=torch.bool)
         loss = self.snap.loss(wide, self.structure, conv_groups)
         if torch.isnan(loss.sum()):
             raise SchemeError("the weights hold NaN: training has diverged; lower the learning rate or rho")
-        sizes = self.structure.group_sizes(w.shape, conv_groups).to(w.device)
-        if self.snap.skips_dead:
+        if self.snap.skips_dead and not bool(loss.all()):  # what is dead loses nothing
             alive = self.structure.sum(wide.abs(), conv_groups) > 0
             loss, sizes = loss.masked_fill(~alive, -1.0), sizes * alive
         return ~_highest(loss, sizes, self.free)
@@ -55,7 +58,7 @@ class Rule:
         """
         if by is None or self.snap.ties:
             return self.snap.apply(w.detach(), self.structure, conv_groups, self.chosen(w, conv_groups))
-        return w.detach().masked_fill(~self.mask(by, conv_groups), 0)
+        return masked(w, self.mask(by, conv_groups))
 
     def mask(self, w: Tensor, conv_groups: int = 1) -> Tensor:
         """Boolean, shape of `w`: the entries that stay alive in the projection."""
@@ -86,7 +89,7 @@ class Frozen:
 
     def apply(self, w: Tensor) -> Tensor:
         """The nearest weight with this support and these ties; shape and dtype of `w`."""
-        w = w.masked_fill(~self.mask, 0)  # not a product: that would leave negative zeros
+        w = masked(w, self.mask)
         for tie in self.ties:
             assert self.signs is not None
             signs = self.signs.to(w.dtype) * self.mask
@@ -143,14 +146,14 @@ class Scheme:
         """
         mask, ties = torch.ones_like(w, dtype=torch.bool), []
         for rule, scores in zip(self.rules, by or [None] * len(self.rules)):
-            judged = w if scores is None or rule.snap.ties else scores.masked_fill(~mask, 0)
+            judged = w if scores is None or rule.snap.ties else masked(scores, mask)
             chosen = rule.chosen(judged, conv_groups)
             mask &= rule.snap.mask(judged.detach(), rule.structure, conv_groups, chosen)
             if rule.snap.ties:
                 ties.append(Tie(rule.structure, chosen))
                 w = rule.snap.apply(w.detach(), rule.structure, conv_groups, chosen)
             else:
-                w = w.detach().masked_fill(~mask, 0)
+                w = masked(w, mask)
         return Frozen(mask, conv_groups, tuple(ties), w.sign().to(torch.int8) if ties else None)
 
 
@@ -161,9 +164,10 @@ def _highest(loss: Tensor, sizes: Tensor, share: float) -> Tensor:
     Edge blocks hold fewer weights than others: by their loss alone they would always go first, and with them the last
     answers of a classifier.
     """
-    full = sizes == sizes.max()
-    if bool(full.all()):
-        count = 0 if share <= 0 else min(loss.numel(), max(1, math.floor(share * loss.numel() + 0.5)))
+    least, most = sizes.aminmax()
+    alike = sizes.numel() if least == most else int((sizes == most).count_nonzero())
+    if alike == sizes.numel() or alike == int(sizes.count_nonzero()):
+        count = 0 if share <= 0 else min(alike, max(1, math.floor(share * alike + 0.5)))
     else:  # edge blocks: count weights, not groups
         loss = loss / sizes.clamp_min(1)
         held = sizes[loss.argsort(descending=True, stable=True)].cumsum(0)
@@ -181,8 +185,7 @@ def _lowest(loss: Tensor, count: int) -> Tensor:
         threshold = loss.kthvalue(count).values
     else:  # numpy's vectorised quickselect is several times faster than torch's here
         threshold = torch.from_numpy(np.partition(loss.numpy(), count - 1)[count - 1 : count])[0]
-    below, equal = loss < threshold, loss == threshold
-    missing = count - int(below.sum())
-    if missing < int(equal.sum()):
-        equal[equal.nonzero()[missing:, 0]] = False
-    return below | equal
+    low = loss <= threshold
+    if extra := int(low.count_nonzero()) - count:
+        low[(loss == threshold).nonzero()[-extra:, 0]] = False
+    return low

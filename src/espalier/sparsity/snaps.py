@@ -6,6 +6,7 @@ A snap maps every row of a matrix ``[groups, size]`` to the nearest point (Eucli
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from espalier.errors import SchemeError
+from espalier.sparsity.masked import masked
 from espalier.sparsity.structures import Structure
 
 
@@ -43,7 +45,9 @@ class Snap(ABC):
     def apply(self, w: Tensor, structure: Structure, conv_groups: int, chosen: Tensor) -> Tensor:
         """`w` with the `chosen` groups (bool ``[groups]``) snapped."""
         matrix = structure.groups(w, conv_groups)
-        snapped = torch.where(chosen[:, None], self.nearest(matrix), matrix)
+        snapped = self.nearest(matrix)
+        if not bool(chosen.all()):
+            snapped = torch.where(chosen[:, None], snapped, matrix)
         return structure.ungroup(snapped, w.shape, conv_groups)
 
     def mask(self, w: Tensor, structure: Structure, conv_groups: int, chosen: Tensor) -> Tensor:
@@ -68,10 +72,10 @@ class Zero(Snap):
         return structure.sum(w.square(), conv_groups)
 
     def apply(self, w: Tensor, structure: Structure, conv_groups: int, chosen: Tensor) -> Tensor:
-        return w.masked_fill(structure.spread(chosen, w.shape, conv_groups), 0)
+        return masked(w, structure.spread(~chosen, w.shape, conv_groups))
 
     def mask(self, w: Tensor, structure: Structure, conv_groups: int, chosen: Tensor) -> Tensor:
-        return ~structure.spread(chosen, w.shape, conv_groups)
+        return structure.spread(~chosen, w.shape, conv_groups)
 
 
 @dataclass(frozen=True)
@@ -81,22 +85,20 @@ class KeepLargest(Snap):
     keep: int
 
     def nearest(self, matrix: Tensor) -> Tensor:
-        return matrix * self.support(matrix)
+        return masked(matrix, self.support(matrix))
 
     def support(self, matrix: Tensor) -> Tensor:
         size = matrix.shape[1]
         if size > 8:
             kept = matrix.abs().topk(min(self.keep, size), dim=1).indices
             return torch.zeros_like(matrix, dtype=torch.bool).scatter_(1, kept, True)
-        columns = matrix.abs().T.contiguous()  # counting beats sorting millions of narrow rows
-        support = torch.empty(columns.shape, dtype=torch.bool, device=matrix.device)
-        for j in range(size):
-            better = torch.zeros(columns.shape[1], dtype=torch.int8, device=matrix.device)
-            for k in range(size):
-                if k != j:
-                    better += columns[k] >= columns[j] if k < j else columns[k] > columns[j]
-            support[j] = better < self.keep
-        return support.T
+        columns = matrix.T.contiguous().abs_()  # counting beats sorting millions of narrow rows
+        larger = torch.zeros(columns.shape, dtype=torch.int8, device=matrix.device)  # how many others an entry loses to
+        for j, k in itertools.combinations(range(size), 2):
+            later = (columns[k] > columns[j]).view(torch.int8)
+            larger[j] += later
+            larger[k] += 1 - later
+        return (larger < self.keep).T.contiguous()
 
 
 # Eight patterns of four of the nine positions of a 3 x 3 kernel: the centre, and three neighbours of it.
@@ -138,7 +140,7 @@ class BestPattern(Snap):
         return table
 
     def nearest(self, matrix: Tensor) -> Tensor:
-        return matrix * self.support(matrix)
+        return masked(matrix, self.support(matrix))
 
     def support(self, matrix: Tensor) -> Tensor:
         table = self._table(matrix)
@@ -164,17 +166,25 @@ class EqualMagnitude(Snap):
         return torch.ones_like(matrix, dtype=torch.bool)
 
     def loss(self, w: Tensor, structure: Structure, conv_groups: int) -> Tensor:
-        total = structure.sum(w.abs(), conv_groups)
-        mean = _mean(total, structure.sum((w != 0).to(w.dtype), conv_groups))
-        return (structure.sum(w.square(), conv_groups) - mean * total).clamp_min_(0)
+        total, count = _sums(w, structure, conv_groups)
+        return (structure.sum(w.square(), conv_groups) - _mean(total, count) * total).clamp_min_(0)
 
     def apply(self, w: Tensor, structure: Structure, conv_groups: int, chosen: Tensor) -> Tensor:
-        mean = _mean(structure.sum(w.abs(), conv_groups), structure.sum((w != 0).to(w.dtype), conv_groups))
-        tied = structure.spread(chosen, w.shape, conv_groups)
-        return torch.where(tied, w.sign() * structure.spread(mean, w.shape, conv_groups), w)
+        mean = _mean(*_sums(w, structure, conv_groups))
+        tied = w.sign() * structure.spread(masked(mean, chosen), w.shape, conv_groups)
+        return tied + masked(w, structure.spread(~chosen, w.shape, conv_groups))
 
     def mask(self, w: Tensor, structure: Structure, conv_groups: int, chosen: Tensor) -> Tensor:
         return torch.ones_like(w, dtype=torch.bool)
+
+
+def _sums(w: Tensor, structure: Structure, conv_groups: int) -> tuple[Tensor, Tensor]:
+    """The sum of magnitudes and the number of entries that are not zero, each ``[groups]``."""
+    if bool(w.all()):  # as it mostly is: the count is known
+        count = structure.group_sizes(w.shape, conv_groups).to(w)
+    else:
+        count = structure.sum(w.sign().square_(), conv_groups)
+    return structure.sum(w.abs(), conv_groups), count
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:
