@@ -107,6 +107,7 @@ def alone(model: LatencyModel) -> dict[str, dict[str, Scheme]]:
     for label in dict.fromkeys(each for s in model.layers for each in model.candidates(s)):
         for density in DENSITIES:
             sites = [s for s in model.layers if label in model.candidates(s)]
+            sites = [s for s in sites if not model.layers[s].site.depthwise]  # which shrinks all that is around them
             plans[f"{label}, {density:g}"] = {s: find(label).at(density) for s in sites}
     return plans
 

@@ -34,7 +34,8 @@ class Proposal:
 
     dense, least, predicted: costs of the unpruned network, the lowest of each alone, and those of the plan.
     predicted_drop: points of accuracy, a rough guess; None where nothing was evaluated.
-    measured_ms, measured_speedup: of the plan with random weights, beside the dense network in one run.
+    measured_ms, measured_speedup: of the plan with the masks that the network's weights ask for now, beside the dense
+        network in one run.
     """
 
     plan: Plan
@@ -180,9 +181,10 @@ def _verified(
     probe, asked = Probe(graph, rule.model.layers), limits.get("latency_ms")
     goal = (1 - MARGIN) * (asked or 0.0)
     aim, seen = asked or 0.0, list[_Seen]()
+    round = rule.round(limits) if limits else 0  # what is released stays so when the table turns out too cautious
     for turn in range(CORRECTIONS + 1):
         schemes = plan_of(choices).resolve(graph.sites())
-        whole, cut = clock([probe.variant({}), probe.variant(schemes)], rule.model.threads)
+        whole, cut = clock([probe.variant({}), probe.variant(schemes, own=True)], rule.model.threads)
         ms = rule.model.dense_ms * cut.whole_ms / whole.whole_ms
         if asked is None:
             return choices, (rule.model.dense_ms, ms)
@@ -192,7 +194,7 @@ def _verified(
         tell(f"measured {ms:.4g} ms where {asked:.4g} were asked: the allocation is corrected")
         aim, before = _next_aim(seen, goal), choices
         try:
-            choices = rule.choose({**limits, "latency_ms": aim})
+            choices = rule.choose({**limits, "latency_ms": aim}, round)
         except Unreachable:
             break
         if choices == before:  # something else is asked that takes more than this
