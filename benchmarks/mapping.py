@@ -144,7 +144,8 @@ def by_search(setting: Setting, speedup: float) -> es.Plan:
     """The best plan of a policy-gradient search that begins at the rule's plan; its trials serve every speedup."""
     a = setting.arguments
     rule = by_rule(setting, speedup)
-    limit = rule.dense.latency_ms / speedup
+    limit = rule.limit_ms
+    assert limit is not None  # a speedup was asked
     space = space_of(setting.latency)
     recipe = dataclasses.replace(SHORT, precision=a.precision)
     file, folder = Path(a.out) / f"trials_{space.name}.jsonl", str(Path(a.data).resolve())
@@ -408,7 +409,9 @@ def main() -> None:
         for row in result["rows"].values():
             title = row["plan"] if row["epochs"] == a.epochs else f"{row['plan']}, {row['epochs']} epochs"
             lines.setdefault(title, []).append((row["latency"]["median_ms"], row["test"]))
-        draw_front(lines, target.with_suffix(".png"), f"ResNet-20, CIFAR-10, {a.threads} thread, {a.epochs} epochs")
+        title = f"ResNet-20, CIFAR-10, {a.threads} thread, {a.epochs} epochs where no number is told"
+        level = f"dense, {result['dense'][DENSE]['median_ms']:.3f} ms", result["dense_accuracy"]
+        draw_front(lines, target.with_suffix(".png"), title, level=level)
 
 
 if __name__ == "__main__":

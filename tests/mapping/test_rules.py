@@ -162,6 +162,8 @@ def test_a_table_that_is_off_is_corrected(net: Net, model: LatencyModel) -> None
     made = propose(net, example(), Targets(speedup=wanted), latency=model, clock=slower)
     assert made.measured_speedup == pytest.approx(wanted, rel=0.05)
     assert made.predicted.latency_ms < 0.9 * made.dense.latency_ms / wanted
+    assert made.limit_ms == pytest.approx(made.dense.latency_ms / wanted / 1.2, rel=0.02)  # what a search keeps to
+    assert asked(net, model, macs=0.5).limit_ms is None
 
 
 def test_a_table_that_jumps_is_corrected_from_both_sides(net: Net, model: LatencyModel) -> None:

@@ -43,15 +43,33 @@ def draw_sensitivity(found: Sensitivity, path: str | Path, title: str = "") -> P
     return _saved(figure, path)
 
 
-def draw_front(lines: Mapping[str, Sequence[tuple[float, float]]], path: str | Path, title: str = "") -> Path:
-    """Accuracy over latency, a line for each name: ``{name: [(latency_ms, accuracy), ...]}``. Raises as above."""
-    figure = _figure(6.4, 4.4)
+def draw_front(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    path: str | Path,
+    title: str = "",
+    *,
+    level: tuple[str, float] | None = None,
+) -> Path:
+    """Accuracy over latency, a line for each name: ``{name: [(latency_ms, accuracy), ...]}``. Raises as above.
+
+    A name with a single point stands beside it. level: a name and an accuracy that all are compared with.
+    """
+    figure = _figure(7.0, 4.6)
     panel = figure.subplots()
     for name, points in lines.items():
-        panel.plot(*zip(*sorted(points)), marker="o", markersize=3, linewidth=1, label=name)
+        (line,) = panel.plot(*zip(*sorted(points)), marker="o", markersize=5, linewidth=1, label=name)
+        if len(points) == 1:
+            beside = {"xytext": (6, 3), "textcoords": "offset points", "fontsize": 8, "color": line.get_color()}
+            panel.annotate(name, points[0], **beside)
+    if level is not None:
+        panel.axhline(level[1], color="grey", linewidth=0.8, linestyle="--", label=level[0])
+    panel.margins(x=0.18, y=0.08)  # room for the names
     panel.set_xlabel("measured latency, ms")
     panel.set_ylabel("accuracy, %")
-    panel.legend(fontsize=8)
+    panel.grid(alpha=0.25, linewidth=0.5)
+    if level is not None or any(len(points) > 1 for points in lines.values()):
+        several = [h for h in panel.get_lines() if len(h.get_xdata()) > 1]
+        panel.legend(handles=several, fontsize=8)
     panel.set_title(title, fontsize=10)
     return _saved(figure, path)
 

@@ -48,6 +48,17 @@ class Proposal:
     measured_speedup: float | None = None
     choices: Mapping[str, Choice] = field(default_factory=dict)
 
+    @property
+    def limit_ms(self) -> float | None:
+        """What the table should say of plans near this one, so that they take what was asked; None without a latency.
+
+        Where the plan was measured, the table's error on it is taken for that on its neighbours.
+        """
+        asked = self.targets.limits(self.dense).get("latency_ms")
+        if asked is None or self.measured_ms is None:
+            return asked
+        return asked * self.predicted.latency_ms / self.measured_ms
+
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """For a table: what, asked, reachable (from .. to), predicted, measured."""
         speed = self.dense.latency_ms / self.predicted.latency_ms
