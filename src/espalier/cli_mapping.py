@@ -188,8 +188,13 @@ def search_command(
     rule = propose(
         network, example, targets, evaluate=on_split(loaded.holdout, QUICK_IMAGES), threads=threads, latency=latency
     )
-    limit = targets.limits(rule.dense)["latency_ms"]
-    tell(console, f"reachable: {rule.dense.latency_ms:.4g} .. {rule.least.latency_ms:.4g} ms; asked: {limit:.4g} ms")
+    asked, limit = targets.limits(rule.dense)["latency_ms"], rule.limit_ms
+    assert limit is not None  # a latency was asked
+    tell(
+        console,
+        f"reachable: {rule.dense.latency_ms:.4g} .. {rule.least.latency_ms:.4g} ms; asked: {asked:.4g} ms, "
+        f"which is {limit:.4g} ms by the table",
+    )
     space = space_of(latency)
     start = space.nearest(rule.plan.resolve(capture(network, example).sites()), limit)
     root = None if data_root is None else str(Path(data_root).resolve())

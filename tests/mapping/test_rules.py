@@ -15,7 +15,8 @@ from espalier.mapping.candidates import Candidate, find, ladder
 from espalier.mapping.damage import Damage, Harm, errors
 from espalier.mapping.latency import Curve
 from espalier.mapping.layers import layers
-from espalier.mapping.rules import RELEASED, Rule, plan_of
+from espalier.mapping.probe import Probe
+from espalier.mapping.rules import DENSITIES, FLOOR, LOWEST, NARROWED, RELEASED, ROUNDS, Rule, plan_of
 from espalier.mapping.targets import Cost, Targets, size_mb
 from espalier.runtime.cache import Shelf
 from tests.mapping.clocks import CountingClock, Net, example
@@ -54,7 +55,51 @@ def test_spared_layers_are_released_when_the_target_needs_them(net: Net, model: 
     hard = asked(net, model, speedup=0.99 * most.dense.latency_ms / most.least.latency_ms)
     stem = hard.choices["stem.weight"]
     assert stem.candidate is not None and stem.density >= RELEASED - 1e-9 and "released" in stem.why
-    assert hard.choices["deep.weight"].candidate is None
+
+
+def test_what_is_released_in_which_round(net: Net, model: LatencyModel) -> None:
+    """First what is sensitive, then the channels of depthwise convs, at last densities below the floor."""
+    rule = Rule(model, Damage(es.capture(net, example()).tensors, model.layers))
+    seen = set()
+    for limit in np.linspace(0.97 * model.dense_ms, 1.001 * rule.least()[0], 60):
+        limits = {"latency_ms": float(limit)}
+        round, choices = rule.round(limits), rule.choose(limits)
+        seen.add(round)
+        pruned = {site: choice.density for site, choice in choices.items() if choice.candidate}
+        assert "stem.weight" not in pruned or round >= 2
+        assert "deep.weight" not in pruned or round >= 3
+        assert all(d >= FLOOR - 1e-9 for d in pruned.values()) or round == ROUNDS[-1]
+        assert all(d >= LOWEST - 1e-9 for d in pruned.values())
+    assert {2, 3, 4} <= seen
+    assert all(m.candidate for m in rule.choose({"latency_ms": 1.001 * float(rule.least()[0])}).values())
+
+
+def test_a_depthwise_conv_loses_channels_with_what_is_around_it(net: Net, model: LatencyModel) -> None:
+    graph = es.capture(net, example())
+    probe = Probe(graph, model.layers)
+    assert probe.narrowing() == ["deep.weight"]
+    half = {"deep.weight": find("filter").at(0.5)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in probe.variant(half).tensors.items()}
+    assert shapes["deep.weight"] == (8, 1, 3, 3) and shapes["b.weight"] == (8, 16, 3, 3)
+    assert shapes["point.weight"] == (64, 8, 1, 1) and shapes["a.weight"] == (16, 16, 3, 3)
+    assert model.predict(half) == pytest.approx(model.dense_ms - model.dense["deep.weight"] / 2)
+
+
+def test_a_depthwise_conv_whose_channels_are_the_answer_stays(tmp_path: Path) -> None:
+    graph = es.capture(torch.nn.Conv2d(8, 8, 3, groups=8), torch.zeros(1, 8, 6, 6))
+    made = latency_model(graph, clock=CountingClock(), shelf=Shelf("latency", {"test": 1}, tmp_path))
+    assert made.candidates("weight") == ()
+    assert Rule(made, Damage(graph.tensors, made.layers)).spared(ROUNDS[-1])["weight"].name == "no gain"
+
+
+def test_a_plan_is_measured_with_the_masks_of_its_own_weights(net: Net, model: LatencyModel) -> None:
+    graph = es.capture(net, example())
+    chosen = {"a.weight": find("weight").at(0.3), "point.weight": find("filter").at(0.25)}
+    made = Probe(graph, model.layers).variant(chosen, own=True)
+    kept = chosen["a.weight"].project(net.a.weight.detach()) != 0
+    assert torch.equal(made.tensors["a.weight"] != 0, kept)
+    assert not torch.equal(made.tensors["a.weight"], net.a.weight)
+    assert made.tensors["point.weight"].shape == (16, 16, 1, 1) and made.tensors["fc.weight"].shape == (10, 16)
 
 
 def test_the_smallest_block_within_beta(net: Net, model: LatencyModel) -> None:
@@ -117,6 +162,8 @@ def test_a_table_that_is_off_is_corrected(net: Net, model: LatencyModel) -> None
     made = propose(net, example(), Targets(speedup=wanted), latency=model, clock=slower)
     assert made.measured_speedup == pytest.approx(wanted, rel=0.05)
     assert made.predicted.latency_ms < 0.9 * made.dense.latency_ms / wanted
+    assert made.limit_ms == pytest.approx(made.dense.latency_ms / wanted / 1.2, rel=0.02)  # what a search keeps to
+    assert asked(net, model, macs=0.5).limit_ms is None
 
 
 def test_a_table_that_jumps_is_corrected_from_both_sides(net: Net, model: LatencyModel) -> None:
@@ -157,7 +204,8 @@ def test_the_bound_is_the_least(net: Net, model: LatencyModel) -> None:
     rule = Rule(model, Damage(es.capture(net, example()).tensors, model.layers))
     total, *parts = [float(number) for number in re.findall(r"(?:^|[:,] )([0-9.e-]+) ", rule.bounds())]
     assert total == pytest.approx(rule.least()[0], rel=0.01) == pytest.approx(sum(parts), rel=0.01)
-    assert parts[0] == pytest.approx(model.dense["deep.weight"], rel=0.01)
+    near = max(d for d in DENSITIES if d < 1.06 * NARROWED)
+    assert parts[0] == pytest.approx(near * model.dense["deep.weight"], rel=0.03)
 
 
 def test_targets_that_exclude_each_other_are_told() -> None:

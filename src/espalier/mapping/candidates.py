@@ -16,7 +16,7 @@ from typing import Any
 from espalier.mapping.layers import Layer
 from espalier.sparsity import Scheme, ceiling, scheme, unfit
 
-GRID = (0.7, 0.45, 0.3, 0.2, 0.1, 0.05)  # densities that are measured; in between, the table interpolates
+GRID = (0.7, 0.45, 0.3, 0.2, 0.1, 0.05, 0.025)  # densities that are measured; in between, the table interpolates
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Candidate:
 
 
 _COARSE = (Candidate("column", coarse=True), Candidate("filter", coarse=True))
+CHANNELS = _COARSE[1]  # what a depthwise conv may get: whole channels, which go from what feeds and reads it too
 WINDOWED = (
     Candidate("weight"),
     Candidate("pattern+kernel"),
@@ -74,7 +75,7 @@ POINTWISE = (
 
 
 def ladder(layer: Layer) -> tuple[Candidate, ...]:
-    """The candidates that a layer can take, smallest blocks first; none for a depthwise conv."""
+    """The candidates that a layer is measured in, smallest blocks first; none for a depthwise conv (see CHANNELS)."""
     if layer.site.depthwise:
         return ()
     return tuple(c for c in (POINTWISE if layer.pointwise else WINDOWED) if c.fits(layer))

@@ -21,7 +21,7 @@ import numpy as np
 from espalier.errors import PlanError, UnknownNameError
 from espalier.graph.ir import Graph
 from espalier.mapping import cache
-from espalier.mapping.candidates import GRID, Candidate, ladder
+from espalier.mapping.candidates import CHANNELS, GRID, Candidate, ladder
 from espalier.mapping.clock import Clock, Profile, engine_clock
 from espalier.mapping.layers import Layer, layers
 from espalier.mapping.probe import Probe
@@ -141,7 +141,7 @@ def latency_model(
         measured = _rows(probe, network, batch, profiles, seen)
         shelf.add(measured)
         rows = {**rows, **measured}
-    return _model(found, ladders, rows, network, threads)
+    return _model(found, ladders, rows, network, threads, probe.narrowing())
 
 
 def check(
@@ -263,6 +263,7 @@ def _model(
     rows: Mapping[str, float],
     network: str,
     threads: int,
+    narrowing: Sequence[str],
 ) -> LatencyModel:
     dense = {site: rows.get(_key(layer, None, 1.0), 0.0) for site, layer in found.items()}
     curves = {}
@@ -273,6 +274,8 @@ def _model(
                 points.insert(0, (1.0, dense[site]))
             at, ms = np.array(points[::-1]).T
             curves[site, candidate.label] = Curve(at, rising(ms))
+    for site in narrowing:  # each channel is a conv of its own: time goes in proportion to how many there are
+        curves[site, CHANNELS.label] = Curve(np.array([0.0, 1.0]), np.array([0.0, dense[site]]))
     return LatencyModel(
         found,
         dense,

@@ -6,7 +6,8 @@ says what each layer took: one run measures all layers, where they stand, with w
 all steps then is the network's latency, up to the overhead of the call, which is measured too.
 
 The weights are random, masked, and scaled so that activations neither vanish nor explode (numbers too small for
-their exponent are slow on some processors): a table depends on shapes only.
+their exponent are slow on some processors): a table depends on shapes only. A finished plan is measured with the masks
+that the network's own weights ask for.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from espalier.graph import shrink_graph
 from espalier.graph.ir import Graph
 from espalier.mapping.clock import Profile
 from espalier.mapping.layers import Layer
@@ -33,16 +35,35 @@ class Probe:
         self._neutral = _neutral_norms(graph)
         self._random: dict[str, Tensor] = {}
 
-    def variant(self, schemes: Mapping[str, Scheme]) -> Graph:
-        """The network with random weights, those of `schemes` masked; the given graph is not changed."""
+    def variant(self, schemes: Mapping[str, Scheme], own: bool = False) -> Graph:
+        """The network with random weights, those of `schemes` masked; the given graph is not changed.
+
+        own: masked as the network's own weights ask for, and shrunk: as it will be when it is trained, since trained
+        weights die in rows and columns more than random ones do. Else as random weights ask for, for a table that
+        depends on shapes only, and shrunk only where depthwise convs lose channels: that is what they lose them for.
+        """
         tensors = {**self.graph.tensors, **self._neutral}
         for name, layer in self.layers.items():
             weight = self._weight(name)
             if name in schemes:
-                weight = schemes[name].project(weight, layer.site.conv_groups)
+                judged = self.graph.tensors[name].detach().float().cpu() if own else weight
+                weight = weight * (schemes[name].project(judged, layer.site.conv_groups) != 0)
             fan_in = max(1.0, float(weight.count_nonzero()) / weight.shape[0])
             tensors[name] = weight * math.sqrt(2.0 / fan_in)
-        return replace(self.graph, tensors=tensors)
+        made = replace(self.graph, tensors=tensors)
+        return shrink_graph(made)[0] if own or any(self.layers[s].site.depthwise for s in schemes) else made
+
+    def narrowing(self) -> list[str]:
+        """The depthwise convs whose channels can be taken out of the network. It is tried: each loses its first."""
+        sites = [name for name, layer in self.layers.items() if layer.site.depthwise]
+        if not sites:
+            return []
+        tensors = {**self.graph.tensors, **self._neutral}
+        for name in sites:
+            tensors[name] = self._weight(name).clone()
+            tensors[name][0] = 0
+        cut = shrink_graph(replace(self.graph, tensors=tensors))[1].shapes
+        return [name for name in sites if name in cut]
 
     def attribute(self, profile: Profile) -> tuple[dict[str, float], float]:
         """Milliseconds of every site, and of the steps that belong to none.

@@ -2,13 +2,15 @@
 
 The decision list, in order; what it decided stands with every layer in the plan, and `explain` says it:
 
-1. `SPARING`: a depthwise conv stays dense, always. A layer that no scheme makes faster stays dense. The layer that
-   makes the network's output, those that read its input, and tiny ones stay dense while the target can do without.
+1. `SPARING`: a layer that no scheme makes faster stays dense. The layer that makes the network's output, those that
+   read its input, tiny ones and depthwise convs stay dense while the target can do without. A depthwise conv then
+   loses whole channels, which go from what feeds and what reads it too.
 2. Regularity by type of layer: 3 x 3 and other windows: patterns or punched blocks; 1 x 1 and linear: block columns
    or punched blocks (`candidates.ladder`).
 3. Block size: the *smallest* whose latency at the wanted density is within `beta` of coarse structured pruning (whole
    rows or columns), since small blocks keep accuracy.
-4. Density: a global allocation under the target (`allocate`), by what each layer loses for each millisecond.
+4. Density: a global allocation under the target (`allocate`), by what each layer loses for each millisecond; not below
+   `FLOOR`, and where that does not suffice not below `LOWEST`.
 
 Source: arXiv 2111.11581 (rule-based mapping). Sparing, `beta`'s default and the allocation are our reading.
 """
@@ -30,21 +32,27 @@ from espalier.mapping.targets import site_bytes
 from espalier.sparsity import Entry, Plan
 
 BETA = 0.2
-FLOOR = 0.05  # the lowest density given to a layer; a spared one that had to be released keeps RELEASED
-RELEASED = 0.25
+FLOOR = 0.05  # the lowest density given to a layer, while the target can do with it
+LOWEST = 0.025  # and in the last round of releasing
+RELEASED = 0.25  # a spared one that had to be released keeps this
+NARROWED = 0.1  # and a depthwise one this: what no scheme but this makes faster
 TINY = 0.01  # of the network's latency, and of its weights
-DENSITIES = tuple(float(d) for d in np.geomspace(1.0, FLOOR, 40)[1:])
+DENSITIES = tuple(float(d) for d in np.geomspace(1.0, LOWEST, 50)[1:])
 KINDS = ("latency_ms", "size_mb", "macs")
 
 
 @dataclass(frozen=True)
 class Spare:
-    """A reason to leave a layer dense. release: the round in which it is given up when the target is not reached."""
+    """A reason to leave a layer dense.
+
+    release: the round in which it is given up when the target is not reached. floor: the density then kept at least.
+    """
 
     name: str
     says: str
     applies: Callable[[Layer, LatencyModel], bool]
     release: int | None
+    floor: float = RELEASED
 
 
 def _tiny(layer: Layer, model: LatencyModel) -> bool:
@@ -59,13 +67,13 @@ def _slow(layer: Layer, model: LatencyModel) -> bool:
 
 
 SPARING = (
-    Spare("depthwise", "depthwise convs stay dense: they have little to prune", lambda l, _: l.site.depthwise, None),
+    Spare("depthwise", "they have little to prune", lambda l, _: l.site.depthwise, 3, NARROWED),
     Spare("no gain", "no scheme makes it faster than dense", _slow, None),
     Spare("last", "the network's answers are sensitive", lambda l, _: l.answers, 2),
     Spare("first", "what reads the network's input is sensitive", lambda l, _: l.reads_input, 2),
     Spare("tiny", f"under {TINY:.0%} of the latency and of the weights", _tiny, 1),
 )
-ROUNDS = range(3)  # of releasing
+ROUNDS = range(5)  # of releasing
 
 
 @dataclass(frozen=True)
@@ -135,17 +143,30 @@ class Rule:
         parts |= {"other steps and the call": self.model.fixed_ms, "layers at their lowest density": 0.0}
         spared = self.spared(len(ROUNDS) - 1)
         for site, (_, options) in self._options(len(ROUNDS) - 1).items():
-            name = spared[site].name if site in spared else ""
-            held = {"depthwise": "depthwise convs", "no gain": "layers that no scheme makes faster"}
-            parts[held.get(name, "layers at their lowest density")] += float(options.costs[:, 0].min())
+            held = "layers that no scheme makes faster" if site in spared else "layers at their lowest density"
+            depthwise = self.model.layers[site].site.depthwise
+            parts["depthwise convs" if depthwise else held] += float(options.costs[:, 0].min())
         told = ", ".join(f"{ms:.3g} {what}" for what, ms in parts.items() if ms > 0)
         return f"{sum(parts.values()):.3g} ms at least: {told}"
 
-    def choose(self, limits: Mapping[str, float]) -> dict[str, Choice]:
-        """A choice for every site, such that the limits (by name of KINDS) hold. Raises Unreachable."""
+    def round(self, limits: Mapping[str, float]) -> int:
+        """The first round of releasing in which the limits hold. Raises Unreachable."""
+        return self._chosen(limits, 0)[0]
+
+    def choose(self, limits: Mapping[str, float], round: int = 0) -> dict[str, Choice]:
+        """A choice for every site, such that the limits (by name of KINDS) hold. Raises Unreachable.
+
+        round: of releasing, to begin with.
+        """
+        return self._chosen(limits, round)[1]
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _chosen(self, limits: Mapping[str, float], first: int) -> tuple[int, dict[str, Choice]]:
+        """The round, and the choices."""
         at = [KINDS.index(kind) for kind in limits]
         bounds = np.array([limits[KINDS[k]] for k in at])
-        for round in ROUNDS:
+        for round in ROUNDS[first:]:
             options = self._options(round)
             table = {s: Options(each.costs[:, at], each.damage) for s, (_, each) in options.items()}
             try:
@@ -155,13 +176,11 @@ class Rule:
                     raise
                 continue
             spared, before = self.spared(round), self.spared(0)
-            return {
+            return round, {
                 site: self._choice(site, *options[site][0][index], spared.get(site), before.get(site))
                 for site, index in picked.items()
             }
         raise AssertionError("the last round raises or returns")
-
-    # -- inside ------------------------------------------------------------------------------------
 
     def _ms(self, site: str, candidate: Candidate, density: float) -> float:
         return self.model.layer_ms(site, candidate.label, density)
@@ -173,7 +192,8 @@ class Rule:
         for site in self.model.layers:
             options: list[tuple[Candidate | None, float]] = [(None, 1.0)]
             if site not in spared:
-                floor = RELEASED if site in released else FLOOR
+                lowest = LOWEST if round == ROUNDS[-1] else FLOOR
+                floor = released[site].floor if site in released else lowest
                 options += [(self.block(site, d), d) for d in DENSITIES if d >= floor - 1e-9]
             costs = np.array([self.costs(site, *option) for option in options])
             damage = np.array([self.damage(site, *option) for option in options])
@@ -192,11 +212,14 @@ class Rule:
         best = min(coarse, key=lambda c: self._ms(site, c, density))
         kind = "1 x 1 or linear" if self.model.layers[site].pointwise else "window"
         ours, theirs = self._ms(site, candidate, density), self._ms(site, best, density)
-        why = (
-            f"{kind}: {candidate.label} is the smallest block within {self.beta:.0%} of {best.label} at density "
-            f"{density:.3g} ({ours:.4g} against {theirs:.4g} ms; dense {dense:.4g}); density by allocation, "
-            f"relative error {self.damage.error(site, candidate, density):.3g}"
-        )
+        if self.model.layers[site].site.depthwise:
+            why = f"channels go, from what feeds and what reads them too ({ours:.4g} ms; dense {dense:.4g})"
+        else:
+            why = (
+                f"{kind}: {candidate.label} is the smallest block within {self.beta:.0%} of {best.label} at density "
+                f"{density:.3g} ({ours:.4g} against {theirs:.4g} ms; dense {dense:.4g})"
+            )
+        why += f"; density by allocation, relative error {self.damage.error(site, candidate, density):.3g}"
         if before is not None:
             why += f"; spared at first ({before.name}), then released"
         return Choice(candidate, density, why)
