@@ -76,6 +76,13 @@ def test_info_run_and_bench(finished: Path, tmp_path: Path, capsys: pytest.Captu
         ),
         (["compress", "lenet_digits", "--data", "digits", "--density", "1.5"], "density"),
         (["compress", "lenet_digits", "--data", "digits"], "either density"),
+        (["compress", "lenet_digits", "--data", "digits", "--nonzero", "0"], "nonzero is 0: how many"),
+        (["compress", "lenet_digits", "--data", "digits", "--recipe.batch_size", "0"], "batch_size is 0, expected"),
+        (
+            ["compress", "lenet_digits", "--data", "digits", "--density", "0.5", "--method-options", '{"foo": 3}'],
+            "unknown option of method admm 'foo': Known: every",
+        ),
+        (["plan", "lenet_digits", "--macs", "-1"], "macs is -1.0"),
         (["compress", "lenet_digits", "--data", "digits", "--plan", "none.toml"], "cannot be read"),
         (["compress", "lenet_digits", "--data", "digits", "--density", "0.5", "--weights", "none.st"], "none.st"),
         (
@@ -191,6 +198,16 @@ def test_options_are_told_as_they_are_written(capsys: pytest.CaptureFixture[str]
         main(["compress", "lenet5", "--max-drop", "much"])
     told = capsys.readouterr().err
     assert ended.value.code == 2 and "max" in told and len(told.splitlines()) < 6
+    for option, value, problem in (
+        ("--density", "nan", " is nan, expected float"),
+        ("--latency-ms", "soon", " is soon, expected float"),
+        ("--strategy", "dp", " is dp, expected 'auto', 'ddp', 'fsdp'"),
+        ("--recipe.lr", "inf", " is inf, expected float"),
+        ("--recipe.epoch", "3", ": there is no such option"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["compress", "lenet5", option, value])
+        assert capsys.readouterr().err.endswith(f"error: {option}{problem}\n")
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == f"espalier {es.__version__}\n"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from espalier import __version__
 from espalier.cli_mapping import MAPPING_COMMANDS
-from espalier.cli_options import Parser, at_least_one, written
+from espalier.cli_options import Parser, at_least_one, shortened, written
 from espalier.compress import compress
 from espalier.errors import DataError, EspalierError
 from espalier.graph import Value, capture, shrink, to_module
@@ -246,6 +246,11 @@ def main(arguments: list[str] | None = None) -> int:
         auto_cli(COMMANDS, written(given, COMMANDS.values()), parser_class=Parser, prog="espalier", version=__version__)
     except EspalierError as error:
         tell(console, f"espalier: {error}", style="red")
+        return FAILED
+    except ValueError as error:
+        if (told := shortened(str(error))) == str(error):
+            raise
+        tell(console, f"espalier: {told}", style="red")  # of an option's value that jsonargparse was the first to try
         return FAILED
     except KeyboardInterrupt:
         again = RESUMED.get(given[0], "") if given else ""

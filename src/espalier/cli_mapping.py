@@ -82,13 +82,14 @@ def plan_command(
         out: the plan file to write
     """
     console, file = screen(), _place(out)  # before time is spent
+    targets = Targets(speedup, latency_ms, size_mb, macs, max_drop)
     network, loaded, example = _network(model, data, data_root, weights)
     graph = capture(network, example)
     latency = latency_model(graph, threads=threads, tell=_teller(console))
     found = propose(
         network,
         example,
-        Targets(speedup, latency_ms, size_mb, macs, max_drop),
+        targets,
         evaluate=on_split(loaded.holdout, images) if loaded else None,
         harms=Sensitivity.load(sensitivity).harms() if sensitivity else None,
         threads=threads,
@@ -181,9 +182,8 @@ def search_command(
         out: the folder for trials.jsonl and plan.toml; stopped at any moment, the same command goes on from there
         recipe: how a trial retrains
     """
-    console = screen()
+    console, targets = screen(), Targets(speedup, latency_ms)
     network, loaded, example = _scorable("search", model, data, data_root, weights)
-    targets = Targets(speedup, latency_ms)
     latency = latency_model(capture(network, example), threads=threads, tell=_teller(console))
     rule = propose(
         network, example, targets, evaluate=on_split(loaded.holdout, QUICK_IMAGES), threads=threads, latency=latency

@@ -36,8 +36,8 @@ class Parser(ArgumentParser):
         return f"usage: {' '.join([self.prog.replace(' [options]', ''), '[options]', *words])}\n"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with status 2 and the message, options with dashes."""
-        super().error(_dashed(message), ex)
+        """End with status 2 and the message, in short and with dashes."""
+        super().error(_dashed(shortened(message)), ex)
 
 
 class _Help(DefaultHelpFormatter):
@@ -71,6 +71,23 @@ def written(arguments: Iterable[str], commands: Iterable[Callable[..., Any]]) ->
                 argument += "=true"
         made.append(argument)
     return made
+
+
+def shortened(message: str) -> str:
+    """What jsonargparse says in ten lines of a value that fits no type; any other message as it is.
+
+    >>> shortened("Parser key 'density':\\n  Errors:\\n    - Expected a <class 'float'>\\n  Given value: nan")
+    '--density is nan, expected float'
+    """
+    option = ".".join(re.findall(r"Parser key ['\"](.+?)['\"]", message))
+    if option and (nested := re.search(r"^ *(?:--(\S+)( is .+)|Option '(\w+)' is not accepted)$", message, re.M)):
+        return f"--{option}.{nested[1] or nested[3]}{nested[2] or ': there is no such option'}"
+    if ours := re.search(r"Errors:\n *- (?!Expected|Problem)(.+)$", message, re.M):
+        return ours[1]
+    kinds = re.findall(r"Expected an? (?:<class '|typing\.Literal\[)(.+?)(?:'>|\])", message)
+    wanted = [kind for kind in kinds if kind != "NoneType"]
+    got = re.search(r"(?:Given|Got) value: (.+)$", message, re.M)
+    return f"--{option} is {got[1]}, expected {wanted[0]}" if got and len(wanted) == 1 else message
 
 
 def at_least_one(**counts: int | None) -> None:

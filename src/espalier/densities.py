@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -132,6 +133,8 @@ def split_of(
     """
     if allocation is not None and allocation not in WAYS:
         raise UnknownNameError("allocation", allocation, WAYS)
+    if nonzero is not None and not 0 < nonzero < math.inf:
+        raise PlanError(f"nonzero is {nonzero:g}: how many weights stay, or up to 1 the share of them")
     latency = targets.speedup is not None or targets.latency_ms is not None
     size = None if targets.size_mb is None else 1e6 * targets.size_mb
     counts = {"density": density, "weights": nonzero, "macs": targets.macs, "bytes": size}

@@ -40,6 +40,16 @@ def test_what_is_missing_is_said() -> None:
         get("admm", rho_strat=3)
     with pytest.raises(UnknownNameError, match=r"option of method admm 'foo': Known: every, .*updates"):
         start(Net(), plan_for("filter"), "admm", EXAMPLE, steps=STEPS, foo=3)
+    for options, message in (
+        ({"updates": "many"}, "option updates of method admm is 'many', expected int"),
+        ({"updates": True}, "is True, expected int"),
+        ({"updates": 0}, "is 0, expected 1 or more"),
+        ({"rho_end": float("nan")}, "is nan, expected a number from 0 on"),
+        ({"residual": "none"}, r"is 'none', expected float \| None"),
+    ):
+        with pytest.raises(MethodError, match=message):
+            get("admm", **options)
+    assert get("admm", rho_max=5, residual=None).rho_max == 5
     with pytest.raises(MethodError, match="leave updates out"):
         start(Net(), plan_for("filter"), get("admm"), EXAMPLE, steps=STEPS, updates=3)
     with pytest.raises(MethodError, match="finish"):

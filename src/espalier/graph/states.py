@@ -25,9 +25,7 @@ def known(graph: Graph) -> dict[str, Tensor]:
     """The states before any node: inputs vary, tensors are what they are."""
     found = {name: torch.tensor(VARIES, dtype=torch.int8).expand(graph.values[name].shape) for name in graph.inputs}
     for name, tensor in graph.tensors.items():
-        found[name] = torch.where(tensor.detach().cpu() == 0, ZERO, CONSTANT if tensor.numel() == 1 else VARIES).to(
-            torch.int8
-        )
+        found[name] = (tensor.detach().cpu() != 0).to(torch.int8).mul_(CONSTANT if tensor.numel() == 1 else VARIES)
     return found
 
 

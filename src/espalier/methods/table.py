@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import nn
 
@@ -37,14 +37,23 @@ def get(name: str, **options: Any) -> Method:
     """
     if name not in METHODS:
         raise UnknownNameError("method", name, METHODS)
-    known = inspect.signature(METHODS[name]).parameters
-    for option in options:
+    known = get_type_hints(METHODS[name])
+    for option, value in options.items():
         if option not in known:
             raise UnknownNameError(f"option of method {name}", option, known)
-    try:
-        return METHODS[name](**options)
-    except TypeError as error:
-        raise MethodError(f"method {name}: {error}") from None
+        _check(f"option {option} of method {name}", value, known[option])
+    return METHODS[name](**options)
+
+
+def _check(what: str, value: Any, kind: Any) -> None:
+    """Raise MethodError for a value of another type, and for numbers that no option can be."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not isinstance(float(value) if whole and kind is not int else value, kind) or (kind is int and not whole):
+        raise MethodError(f"{what} is {value!r}, expected {getattr(kind, '__name__', kind)}")
+    if whole and kind is int and value < 1:
+        raise MethodError(f"{what} is {value}, expected 1 or more")
+    if isinstance(value, float) and not 0 <= value < math.inf:
+        raise MethodError(f"{what} is {value}, expected a number from 0 on")
 
 
 def start(

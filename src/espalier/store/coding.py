@@ -244,6 +244,8 @@ def _from_pieces(data: bytes, dtype: np.dtype, count: int) -> np.ndarray:
 
 def _positions(alive: np.ndarray) -> bytes:
     """The shorter of both ways to say which words are alive."""
+    if alive.all():  # a few bytes; gaps would take tens of bytes of memory for each word to find that out
+        return b"\0" + _bitmap(alive)
     return min(b"\0" + _bitmap(alive), b"\1" + _gaps(alive), key=len)
 
 
