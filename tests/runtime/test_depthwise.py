@@ -171,5 +171,7 @@ def test_tasks_give_the_same_bits_on_any_number_of_threads(stride, monkeypatch, 
         assert torch.equal(program(x), expected)
         assert all(torch.equal(program(x[k : k + 1]), expected[k : k + 1]) for k in range(7))
         times = program.profile(x[:1])
-        assert all(times[step.name] > 0 for step in program.steps() if step.task)
+        assert all(times[step.layer] > 0 for step in program.steps() if step.task)
+        rows = [row for row in program.describe() if row.weights]
+        assert [(row.step, row.weights) for row in rows] == [("conv2d", 352), ("conv2d_1", 396), ("conv2d_2", 352)]
         assert torch.equal(program(x[:1]), expected[:1])

@@ -125,6 +125,11 @@ class Step:
     task: int = 0
 
     @property
+    def layer(self) -> str:
+        """Its name without the number of its task: the tasks of a layer are told of as one."""
+        return self.name.rpartition("/")[0] if self.task else self.name
+
+    @property
     def note(self) -> str:
         return f"{self.format}: {self.reason}" if self.reason else self.format
 
