@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import espalier as es
-from espalier.report import Curve, curves, write_picture
 from espalier.sparsity import unfit
 
 RESULTS = Path(__file__).parent / "results"
 DENSITIES = (0.75, 0.5, 0.3, 0.2, 0.15, 0.1, 0.05)
+DENSITIES_SHOWN = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,18 +99,47 @@ def measure(layer: Layer, variant: str, rounds: int) -> dict[str, Any] | None:
     return {"points": points}
 
 
+# Rows of the picture: schemes that are worth comparing with each other, and single weights with all of them.
+FAMILIES = {
+    "whole rows and columns": ("filter", "column", "channel", "filter+column", "kernel", "pattern+kernel"),
+    "punched blocks": tuple(name for name in VARIANTS if name.startswith("block_punched")),
+    "block columns and rows": tuple(name for name in VARIANTS if name.startswith(("block_column", "block_row"))),
+}
+
+
 def draw(rows: dict[str, Any], path: Path) -> None:
-    """Speed-up over density, one panel a layer, one curve a scheme."""
-    panels = []
-    for layer in LAYERS:
-        series = [
-            Curve(variant, [(p["density"], p["speedup"]) for p in row["points"] if p["density"] > 0])
-            for variant in VARIANTS
-            if (row := rows.get(f"{layer} / {variant}")) is not None
-        ]
-        if series:
-            panels.append((layer, series))
-    write_picture(path, curves(panels, "density", "times as fast as the dense layer on this engine, 1 thread"))
+    """Speed-up over density: a column of panels a layer, a row a family of schemes, a curve a scheme."""
+    figure = Figure((4 * len(LAYERS), 3.6 * len(FAMILIES)), layout="tight")
+    panels = figure.subplots(len(FAMILIES), len(LAYERS), sharex=True, sharey="col")
+    for line, (family, names) in zip(panels, FAMILIES.items()):
+        for panel, layer in zip(line, LAYERS):
+            for number, name in enumerate((*names, "weight")):
+                points = [p for p in ((rows.get(f"{layer} / {name}") or {}).get("points", ())) if p["density"] > 0]
+                points.sort(key=lambda point: point["density"])
+                style = {"color": "black", "linestyle": ":"} if name == "weight" else {"color": f"C{number}"}
+                panel.plot(
+                    [p["density"] for p in points],
+                    [p["speedup"] for p in points],
+                    marker=".",
+                    label=name.removeprefix("block_"),
+                    **style,
+                )
+            panel.axhline(1, color="grey", linewidth=0.8)
+            panel.set(xscale="log", yscale="log")
+            panel.set_xticks(DENSITIES_SHOWN, [f"{d:g}" for d in DENSITIES_SHOWN])
+            low, high = panel.get_ylim()
+            ticks = [t for t in (0.5, 1, 2, 3, 5, 10, 20, 30) if low <= t <= high]
+            panel.set_yticks(ticks, [f"{t:g}x" for t in ticks])
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+        line[0].set_ylabel(f"{family}\ntimes as fast as dense")
+        line[0].legend(fontsize=8)
+    for panel, layer in zip(panels[0], LAYERS):
+        panel.set_title(layer)
+    for panel in panels[-1]:
+        panel.set_xlabel("density")
+    figure.suptitle("One layer under every scheme, against the dense layer on the same engine, 1 thread")
+    figure.savefig(path, dpi=80)
 
 
 def chosen(text: str, table: dict[str, Any]) -> list[str]:
@@ -147,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
                 )
             )
             print(f"{key:45s} {told}", flush=True)
-    draw(held["rows"], given.out / "blocks.svg")
+    draw(held["rows"], given.out / "blocks.png")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,11 @@ ESP_INLINE void band(const int K, const int S, const int R, const channel *c, in
     { \
         if (!EDGE || (i >= first && i < last)) { \
             vec raw[8], taps[8]; \
-            _Pragma("GCC unroll 8") for (int l = 0; l < loads; l++) raw[l] = LOAD; \
+            _Pragma("GCC unroll 8") for (int l = 0; l < loads; l++) \
+            { \
+                raw[l] = LOAD; \
+                if (K == 3) ESP_KEEP(raw[l]); \
+            } \
             _Pragma("GCC unroll 8") for (int k = 0; k < K; k++) taps[k] = \
                 S == 1 ? raw[k] : k % 2 ? odd(raw[k - 1], raw[k]) : even(raw[k], raw[k + 1]); \
             _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) \

@@ -151,16 +151,24 @@ static void run_band(const band *b)
     finish(b, sums);
 }
 
+/* Threads share the sequence of (band, block, segment) evenly: few blocks seldom come out even, and a block that two
+ * threads share is all that is read twice. */
 void ESP_NAME(conv_32)(const esp_step *s, const esp_frame *f, int part, int parts)
 {
     const int64_t *p = s->param, blocks = s->starts_count - 1, most = PIXELS / p[CONV_LENGTH];
     const int64_t bands = (p[CONV_SEGMENTS] + most - 1) / most;
     band b = {s, esp_source(&s->a, f), s->b.space ? esp_source(&s->b, f) : NULL, esp_target(&s->out, f), 0, 0, 0, 0};
-    int64_t begin, end;
-    share(bands * blocks, part, parts, &begin, &end);
-    for (int64_t i = begin; i < end; i++) {
+    int64_t begin, end, at = 0;
+    share(blocks * p[CONV_SEGMENTS], part, parts, &begin, &end);
+    for (int64_t i = 0; i < bands * blocks && at < end; i++) {
+        int64_t first, upto;
+        share(p[CONV_SEGMENTS], (int)(i / blocks), (int)bands, &first, &upto);
+        const int64_t from = at;
+        at += upto - first;
+        if (at <= begin) continue;
         b.block = i % blocks;
-        share(p[CONV_SEGMENTS], (int)(i / blocks), (int)bands, &b.first, &b.upto);
+        b.first = from < begin ? first + begin - from : first;
+        b.upto = at > end ? upto - (at - end) : upto;
         for (b.r = 0; b.r < ROWS; b.r += PART) run_band(&b);
     }
 }

@@ -11,6 +11,7 @@ static int64_t room(const esp_program *p, const esp_operand *o)
 {
     switch (o->space) {
     case ESP_ARENA: return p->arena_floats;
+    case ESP_SCRATCH: return p->scratch_floats;
     case ESP_INPUT: return o->index < p->inputs_count ? p->elements[o->index] : -1;
     case ESP_OUTPUT: return o->index < p->outputs_count ? p->elements[p->inputs_count + o->index] : -1;
     case ESP_CONST: return p->size / 4;
@@ -45,13 +46,14 @@ static bool same_sizes(const esp_operand *x, const esp_operand *y)
     return true;
 }
 
-/* The output lies in the arena or an output, holds no more elements than its space (so that a step's work is bounded),
+/* The output lies in the arena, an output or, of a conv, the scratch, holds no more elements than its space (so that a step's work is bounded),
  * and so do its margins: rows and planes in ascending order, room before the first and behind the last plane. */
 static bool writable(const esp_program *p, const esp_step *s)
 {
     const esp_operand *o = &s->out;
     int64_t count = 1, end, row;
-    if ((o->space != ESP_ARENA && o->space != ESP_OUTPUT) || !readable(p, o)) return false;
+    if (o->space != ESP_ARENA && o->space != ESP_OUTPUT && (o->space != ESP_SCRATCH || s->op != ESP_CONV)) return false;
+    if (!readable(p, o)) return false;
     for (int d = 0; d < 4; d++)
         if (__builtin_mul_overflow(count, o->size[d], &count) || count > room(p, o)) return false;
     if (!s->margins) return s->front == 0;
@@ -122,7 +124,7 @@ static const char *check_conv(const esp_program *p, const esp_step *s)
         end > room(p, &s->out))
         return "a segment lies outside the output";
     if (segments > s->out.size[2] || length > room(p, &s->out)) return "more segments than rows";
-    if (s->out.space != ESP_ARENA) return "its output is not in the arena";
+    if (s->out.space == ESP_OUTPUT) return "its output is not in the arena";
     if (s->b.space == ESP_NOWHERE) return NULL;
     if (s->b.space != ESP_ARENA || !within(s->b.offset, 0, MAX_STRIDE) || !within(s->b.stride[1], 0, MAX_STRIDE) ||
         !multiply_add(segments - 1, s->param[CONV_RESIDUAL_STRIDE], length, &reach) ||
@@ -162,8 +164,8 @@ static const char *check_depthwise(const esp_program *p, const esp_step *s)
         if (!within(w[i], i == DEPTHWISE_PAD_Y || i == DEPTHWISE_PAD_X ? 0 : 1, 1 << 20)) return "impossible window";
     if (!readable(p, &s->a) || s->a.size[0] != 1 || size[0] != 1 || s->a.size[3] > 1 << 30) return "impossible source";
     if (size[3] > 1 << 30 || s->out.stride[3] != 1 || s->a.stride[3] != 1) return "its rows are no rows of pixels";
-    /* loads of whole vectors may touch what lies beside: an arena has room there */
-    if (s->a.space != ESP_ARENA || s->out.space != ESP_ARENA) return "it reads or writes outside the arena";
+    /* loads of whole vectors may touch what lies beside: an arena and the scratch have room there */
+    if ((s->a.space != ESP_ARENA && s->a.space != ESP_SCRATCH) || s->out.space != ESP_ARENA) return "it reads or writes outside the arena";
     if (__builtin_mul_overflow(s->a.size[1], multiplier, &channels) || channels != size[1]) return "channels disagree";
     taps = w[DEPTHWISE_WINDOW_Y] * w[DEPTHWISE_WINDOW_X];
     if (__builtin_mul_overflow(taps, size[1], &count) || count != s->values_count) return "weights and channels disagree";

@@ -26,6 +26,7 @@ struct esp_context {
     int wave;      /* samples that can be in work at once: as many as there are arenas */
     void **rooms;  /* as they were allocated */
     float **arena; /* in them: aligned, with slack before and behind */
+    void **own;    /* each thread's scratch */
     double *step_ms;
     int profile;
     atomic_flag busy;
@@ -36,9 +37,13 @@ struct esp_context {
 
 uint32_t esp_version(void) { return ESP_VERSION; }
 
-static int64_t workspace_floats(const esp_program *p) { return p->arena_floats + 3 * ESP_SLACK + 16; }
+/* of an arena or a scratch, with slack before and behind */
+static int64_t with_slack(int64_t floats) { return floats + 3 * ESP_SLACK + 16; }
 
-int64_t esp_workspace_size(const esp_program *p) { return p ? workspace_floats(p) * 4 : 0; }
+int64_t esp_workspace_size(const esp_program *p)
+{
+    return p ? (with_slack(p->arena_floats) + with_slack(p->scratch_floats)) * 4 : 0;
+}
 
 int32_t esp_input_count(const esp_program *p) { return p ? p->inputs_count : 0; }
 
@@ -100,8 +105,10 @@ void esp_context_free(esp_context *c)
     if (!c) return;
     esp_team_free(c->team);
     for (int i = 0; c->rooms && i < c->wave; i++) free(c->rooms[i]);
+    for (int i = 0; c->own && i < c->threads; i++) free(c->own[i]);
     free(c->rooms);
     free(c->arena);
+    free(c->own);
     free(c->step_ms);
     free(c);
 }
@@ -118,11 +125,13 @@ static int heavy_program(const esp_program *p)
     return 0;
 }
 
+static float *aligned(void *room) { return (float *)(((uintptr_t)room + 63) / 64 * 64) + ESP_SLACK; }
+
 /* One arena must be had. Where the system has no room for more, batches go sample by sample. They are zero, so that a
  * program never sees what lay there before. */
 static int make_arenas(esp_context *c)
 {
-    size_t floats = (size_t)workspace_floats(c->program);
+    size_t floats = (size_t)with_slack(c->program->arena_floats);
     int wanted = c->threads;
     if (heavy_program(c->program) && wanted < NARROWEST_HEAVY_WAVE) wanted = NARROWEST_HEAVY_WAVE;
     c->rooms = calloc((size_t)wanted, sizeof *c->rooms);
@@ -133,9 +142,19 @@ static int make_arenas(esp_context *c)
         void *room = c->wave ? calloc(floats, sizeof(float)) : esp_pages(floats * sizeof(float));
         if (!room) break;
         c->rooms[c->wave] = room;
-        c->arena[c->wave] = (float *)(((uintptr_t)room + 63) / 64 * 64) + ESP_SLACK;
+        c->arena[c->wave] = aligned(room);
     }
     return c->wave > 0;
+}
+
+static int make_scratch(esp_context *c)
+{
+    c->own = calloc((size_t)c->threads, sizeof *c->own);
+    for (int i = 0; c->own && i < c->threads; i++) {
+        c->own[i] = esp_pages((size_t)with_slack(c->program->scratch_floats) * sizeof(float));
+        if (!c->own[i]) return 0;
+    }
+    return c->own != NULL;
 }
 
 int esp_context_create(
@@ -152,7 +171,7 @@ int esp_context_create(
     c->threads = threads;
     atomic_flag_clear(&c->busy);
     c->step_ms = calloc((size_t)program->steps_count + 1, sizeof *c->step_ms);
-    if (!c->step_ms || !make_arenas(c)) {
+    if (!c->step_ms || !make_arenas(c) || !make_scratch(c)) {
         esp_context_free(c);
         return esp_fail(message, capacity, ESP_NO_MEMORY, "out of memory for a workspace of %lld bytes",
             (long long)esp_workspace_size(program));
@@ -173,11 +192,31 @@ static double now_ms(void)
     return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
 }
 
-static esp_frame frame_of(const esp_context *c, int arena, int64_t sample)
+static esp_frame frame_of(const esp_context *c, int arena, int part, int64_t sample)
 {
     const esp_program *p = c->program;
-    return (esp_frame){c->arena[arena], (const float *)p->bytes, c->inputs, c->outputs, p->elements,
+    return (esp_frame){c->arena[arena], aligned(c->own[part]), (const float *)p->bytes, c->inputs, c->outputs, p->elements,
         p->elements + p->inputs_count, sample};
+}
+
+/* The tasks of steps first..upto, which threads share out by their work, each all of its own. */
+static void run_tasks(esp_context *c, const esp_frame *frame, int32_t first, int32_t upto, int part, int parts)
+{
+    const esp_step *steps = c->program->steps;
+    double whole = 0, before = 0;
+    for (int32_t i = first; i < upto; i++) whole += (double)steps[i].work;
+    for (int32_t i = first, next; i < upto; i = next) {
+        double work = 0;
+        for (next = i; next < upto && steps[next].task == steps[i].task; next++) work += (double)steps[next].work;
+        const int owner = whole > 0 ? (int)((before + work / 2) * parts / whole) : 0;
+        before += work;
+        if ((owner < parts ? owner : parts - 1) != part) continue;
+        for (int32_t k = i; k < next; k++) {
+            const double start = c->profile ? now_ms() : 0;
+            steps[k].kernel(&steps[k], frame, 0, 1);
+            if (c->profile) c->step_ms[k] += (now_ms() - start) / parts; /* others run beside it */
+        }
+    }
 }
 
 /* Samples begin..end one after another, each step split among all members. Small steps are done by member 0 alone;
@@ -187,17 +226,20 @@ static void split_steps(esp_context *c, int part, int64_t begin, int64_t end)
     const esp_program *p = c->program;
     int meet_first = 0;
     for (int64_t sample = begin; sample < end; sample++) {
-        const esp_frame frame = frame_of(c, 0, sample);
-        for (int32_t i = 0; i < p->steps_count; i++) {
+        const esp_frame frame = frame_of(c, 0, part, sample);
+        for (int32_t i = 0, next; i < p->steps_count; i = next) {
             const esp_step *s = &p->steps[i];
+            next = s->upto ? s->upto : i + 1;
             if (meet_first || s->parallel || c->profile) esp_team_meet(c->team);
             double start = c->profile && part == 0 ? now_ms() : 0;
-            if (s->parallel)
+            if (s->upto)
+                run_tasks(c, &frame, i, next, part, s->parallel ? c->threads : 1);
+            else if (s->parallel)
                 s->kernel(s, &frame, part, c->threads);
             else if (part == 0)
                 s->kernel(s, &frame, 0, 1);
             if (c->profile) esp_team_meet(c->team);
-            if (c->profile && part == 0) c->step_ms[i] += now_ms() - start;
+            if (c->profile && part == 0 && !s->upto) c->step_ms[i] += now_ms() - start;
             meet_first = s->parallel;
         }
     }
@@ -210,7 +252,7 @@ static void run_heavy(const esp_context *c, const esp_step *s, int64_t begin, in
     const int upto = (int)((int64_t)pieces * (part + 1) / c->threads);
     for (int piece = (int)((int64_t)pieces * part / c->threads); piece < upto; piece++)
         for (int k = 0; k < count; k++) {
-            const esp_frame frame = frame_of(c, k, begin + k);
+            const esp_frame frame = frame_of(c, k, part, begin + k);
             s->kernel(s, &frame, piece, pieces);
         }
 }
@@ -222,7 +264,7 @@ static void run_wave(esp_context *c, int part, int64_t begin, int count)
     for (int32_t first = 0, next; first < p->steps_count; first = next + 1) {
         for (next = first; next < p->steps_count && !heavy(&p->steps[next]); next++) continue;
         for (int k = part; k < count; k += c->threads) {
-            const esp_frame frame = frame_of(c, k, begin + k);
+            const esp_frame frame = frame_of(c, k, part, begin + k);
             for (int32_t i = first; i < next; i++) p->steps[i].kernel(&p->steps[i], &frame, 0, 1);
         }
         if (next == p->steps_count) break;

@@ -1,7 +1,8 @@
 /* From bytes to a program. Nothing that the bytes say is believed before it has been checked.
  *
  * Header, 128 bytes, little-endian: magic "ESPALIER", u32 version, u32 reserved, then i64: size of the file, floats of
- * the arena, inputs, outputs, steps, offset of the tensor table, offset of the step table. Tables hold i64 words:
+ * the arena, inputs, outputs, steps, offset of the tensor table, offset of the step table, floats of the scratch.
+ * Tables hold i64 words:
  * a tensor is name offset, name length, rank, 8 sizes; a step is ESP_STEP_WORDS words as read in read_step().
  * Names and arrays lie anywhere in the file, said by offset and count; arrays are aligned to 4 bytes.
  */
@@ -102,7 +103,7 @@ static void read_tensor(reader *r, const uint8_t *p, esp_tensor *t)
 static void read_operand(reader *r, const uint8_t *p, esp_operand *o)
 {
     int64_t space = word(p), index = word(p + 8);
-    if (space < ESP_NOWHERE || space > ESP_CONST || index < 0 || index > MAX_TABLE) {
+    if (space < ESP_NOWHERE || space > ESP_SCRATCH || index < 0 || index > MAX_TABLE) {
         r->problem = "an operand lies in an unknown place";
         return;
     }
@@ -151,6 +152,9 @@ static void read_step(reader *r, const uint8_t *p, esp_step *s)
     s->name = string(r, word(p + 8 * 49), word(p + 8 * 50));
     s->note = string(r, word(p + 8 * 51), word(p + 8 * 52));
     for (int i = 0; i < ESP_PARAMS; i++) s->param[i] = word(p + 8 * (53 + i));
+    const int64_t task = word(p + 8 * (53 + ESP_PARAMS));
+    if (task < 0 || task > MAX_TABLE) r->problem = "a task has an impossible number";
+    s->task = (int32_t)task;
 }
 
 /* Counts, sizes and places of the two tables. */
@@ -160,7 +164,9 @@ static const char *read_header(esp_program *p, int64_t *tensors_at, int64_t *ste
     int64_t inputs = word(b + 32), outputs = word(b + 40), steps = word(b + 48);
     if (word(b + 16) != p->size) return "its size is not the one it states (truncated?)";
     p->arena_floats = word(b + 24);
-    if (p->arena_floats < 0 || p->arena_floats > MAX_FLOATS) return "its arena has an impossible size";
+    p->scratch_floats = word(b + 72);
+    if (p->arena_floats < 0 || p->arena_floats > MAX_FLOATS || p->scratch_floats < 0 || p->scratch_floats > MAX_FLOATS)
+        return "its arena has an impossible size";
     if (inputs < 0 || outputs < 0 || steps < 0 || inputs > MAX_TABLE || outputs > MAX_TABLE || steps > MAX_TABLE)
         return "it has an impossible number of inputs, outputs or steps";
     p->inputs_count = (int32_t)inputs;
@@ -208,6 +214,23 @@ static int64_t step_work(const esp_step *s)
     return elements * (taps < 4096 ? taps : 4096);
 }
 
+/* Tasks that may be done at once: their first step knows where they end, and whether they are worth threads. */
+static void find_tasks(esp_program *p)
+{
+    for (int32_t i = 0, upto; i < p->steps_count; i = upto) {
+        int64_t work = p->steps[i].work;
+        upto = i + 1;
+        if (!p->steps[i].task) continue;
+        for (; upto < p->steps_count && p->steps[upto].task; upto++) {
+            const int32_t next = p->steps[upto].task - p->steps[upto - 1].task;
+            if (next != 0 && next != 1) break;
+            if (__builtin_add_overflow(work, p->steps[upto].work, &work)) work = INT64_MAX;
+        }
+        p->steps[i].upto = upto;
+        p->steps[i].parallel = work > WORK_WORTH_THREADS;
+    }
+}
+
 static int bind_steps(esp_program *p, char *message, size_t capacity)
 {
     int isa = esp_isa(message, capacity);
@@ -220,9 +243,11 @@ static int bind_steps(esp_program *p, char *message, size_t capacity)
         const esp_kernel_row *row = esp_find_kernel(isa, s->op, height);
         if (!row) return esp_fail(message, capacity, ESP_BAD_PROGRAM, "step %d (%s): no kernel for it", i, s->name);
         s->kernel = row->run;
-        s->parallel = step_work(s) > WORK_WORTH_THREADS;
+        s->work = step_work(s);
+        s->parallel = s->work > WORK_WORTH_THREADS;
         s->kernel_name = row->name;
     }
+    find_tasks(p);
     return ESP_OK;
 }
 

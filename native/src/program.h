@@ -27,7 +27,7 @@ enum esp_op {
     ESP_OPS_END,
 };
 
-enum esp_space { ESP_NOWHERE = 0, ESP_ARENA, ESP_INPUT, ESP_OUTPUT, ESP_CONST };
+enum esp_space { ESP_NOWHERE = 0, ESP_ARENA, ESP_INPUT, ESP_OUTPUT, ESP_CONST, ESP_SCRATCH };
 
 enum esp_activation {
     ESP_LINEAR_ACT = 0,
@@ -65,7 +65,7 @@ typedef struct esp_step esp_step;
 
 /* Where one thread finds its data during one sample. */
 typedef struct {
-    float *arena;
+    float *arena, *scratch; /* scratch: the thread's own, for what a task alone writes and reads */
     const float *constants;
     const float *const *inputs;
     float *const *outputs;
@@ -135,7 +135,10 @@ struct esp_step {
     int64_t rows_count, starts_count, index_count, values_count, bias_count;
     esp_kernel kernel;
     const char *kernel_name, *name, *note;
+    int64_t work;     /* roughly, in multiply-adds or moves */
     int32_t parallel; /* worth more than one thread */
+    int32_t task;     /* 0, or: steps of one number are done by one thread, numbers that follow each other at once */
+    int32_t upto;     /* of the first step of such numbers: behind the last; else 0 */
 };
 
 typedef struct {
@@ -147,7 +150,7 @@ typedef struct {
 struct esp_program {
     uint8_t *bytes;
     char *strings; /* names, with a zero behind each */
-    int64_t size, arena_floats;
+    int64_t size, arena_floats, scratch_floats;
     int32_t inputs_count, outputs_count, steps_count;
     esp_tensor *tensors; /* inputs, then outputs */
     int64_t *elements;   /* of each tensor, for frames */
@@ -158,6 +161,7 @@ static inline const float *esp_source(const esp_operand *o, const esp_frame *f)
 {
     switch (o->space) {
     case ESP_ARENA: return f->arena + o->offset;
+    case ESP_SCRATCH: return f->scratch + o->offset;
     case ESP_INPUT: return f->inputs[o->index] + f->sample * f->input_sizes[o->index] + o->offset;
     case ESP_OUTPUT: return f->outputs[o->index] + f->sample * f->output_sizes[o->index] + o->offset;
     case ESP_CONST: return f->constants + o->offset;
@@ -168,6 +172,7 @@ static inline const float *esp_source(const esp_operand *o, const esp_frame *f)
 static inline float *esp_target(const esp_operand *o, const esp_frame *f)
 {
     if (o->space == ESP_ARENA) return f->arena + o->offset;
+    if (o->space == ESP_SCRATCH) return f->scratch + o->offset;
     return f->outputs[o->index] + f->sample * f->output_sizes[o->index] + o->offset;
 }
 

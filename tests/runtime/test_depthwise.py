@@ -138,6 +138,7 @@ class Inverted(nn.Module):
 def test_depth_first_chains_compute_the_same_in_less_memory(stride, check_network, monkeypatch) -> None:
     network = Inverted(stride).eval()
     graph = capture(network, torch.randn(1, 8, 31, 33))
+    monkeypatch.setattr(depth_first, "LARGE_BYTES", 1 << 30)
     whole = lower(graph)
     assert not [step.name for step in whole.steps if "/0" in step.name]
     monkeypatch.setattr(depth_first, "LARGE_BYTES", 1000)
@@ -149,5 +150,28 @@ def test_depth_first_chains_compute_the_same_in_less_memory(stride, check_networ
     assert list(steps) == [*names, "conv2d_2"]
     assert [steps[name].out.sizes[1] for name in names] == [16, 16, 16, 16, 12, 12]
     assert steps["conv2d_1/2"].nodes == ("conv2d_1",)
+    assert [steps[name].task for name in names] == [1, 1, 2, 2, 3, 3] and steps["conv2d_2"].task == 0
+    assert all(steps[f"conv2d/{k}"].out.space == steps[f"conv2d_1/{k}"].a.space == "scratch" for k in range(3))
+    assert 4 * 31 * 33 * 16 <= groups.scratch_size < 1.2 * 4 * 31 * 33 * 16
     assert sum(step.weights for step in groups.steps) == sum(step.weights for step in whole.steps)
     check_network(network, (8, 31, 33))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_tasks_give_the_same_bits_on_any_number_of_threads(stride, monkeypatch, assert_close) -> None:
+    """Each is done by one thread, in a scratch of that thread's own; also while steps are timed, and in batches."""
+    monkeypatch.setattr(depth_first, "GROUP_BYTES", 4 * 31 * 33 * 8)
+    network, x = Inverted(stride).eval(), torch.randn(7, 8, 31, 33)
+    one = compile(network, x[:1], threads=1)
+    expected = one(x)
+    assert_close(expected, network(x))
+    assert {step.task for step in one.steps()} == {0, 1, 2, 3, 4, 5, 6}
+    for threads in (2, 3, 4, 8):
+        program = compile(network, x[:1], threads=threads)
+        assert torch.equal(program(x), expected)
+        assert all(torch.equal(program(x[k : k + 1]), expected[k : k + 1]) for k in range(7))
+        times = program.profile(x[:1])
+        assert all(times[step.layer] > 0 for step in program.steps() if step.task)
+        rows = [row for row in program.describe() if row.weights]
+        assert [(row.step, row.weights) for row in rows] == [("conv2d", 352), ("conv2d_1", 396), ("conv2d_2", 352)]
+        assert torch.equal(program(x[:1]), expected[:1])

@@ -61,6 +61,7 @@ def conv(e: Emitter, node: Node) -> None:
             activation=fused_activation(node),
             front=out.front(),
             params=(choice.blocks.height, *segments, chunk, int(_read_by_channels(e, node.outputs[0]))),
+            task=node.attrs.get("task", 0),
             arrays=_arrays(choice, index, e.array(bias)),
             **_facts(node, choice, w),
         )

@@ -45,6 +45,7 @@ def depthwise(e: Emitter, node: Node) -> None:
         front=out.front(),
         params=(size_y, size_x, *stride, *padding, *dilation, channels // groups),
         arrays=arrays,
+        task=node.attrs.get("task", 0),
         format=f"depthwise {size_y}x{size_x}",
         reason=f"one window per channel, density {nonzeros / max(1, w.size):.2f}: nothing is skipped",
         nonzeros=nonzeros,

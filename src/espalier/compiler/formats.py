@@ -132,7 +132,7 @@ def _plans(bits: np.ndarray, heights: list[int]) -> list[_Plan]:
     padded = np.concatenate([bits, np.zeros((1, bits.shape[1]), np.uint8)])  # row -1
     plans = []
     for height in heights:
-        order = np.arange(len(bits)) if height == 1 else _order(bits, alive, sets, height, related)
+        order = np.arange(len(bits)) if height == 1 else _ascending(_order(bits, alive, sets, height, related), height)
         unions = np.bitwise_or.reduce(padded[order.reshape(-1, height)], axis=1)
         plans.append(_Plan(height, order.astype(np.int32), unions))
     return plans
@@ -162,6 +162,13 @@ def _order(bits: np.ndarray, alive: np.ndarray, sets: np.ndarray, height: int, r
     made[holes] = empty[: len(holes)]
     made = np.concatenate([made, empty[len(holes) :]])
     return np.concatenate([made, np.full(-len(made) % height, -1, made.dtype)])
+
+
+def _ascending(order: np.ndarray, height: int) -> np.ndarray:
+    """Blocks by their first row, so that who has a share of them has as good as a share of the rows."""
+    blocks = order.reshape(-1, height)
+    first = np.where(blocks < 0, len(order), blocks).min(1)
+    return blocks[np.argsort(first, kind="stable")].ravel()
 
 
 def _related(bits: np.ndarray) -> bool:

@@ -171,28 +171,47 @@ def _program(graph: Graph, batch: int) -> Program:
         shape = layout.shapes[name]
         out = Place(shape, dense_strides(shape), space="output", index=index)
         e.copy(e.places[name], out, f"{name}/output")
-    steps, size = _in_arena(e)
+    steps, size, scratch_size = _in_arena(e)
     inputs, outputs = (tuple(TensorSpec(n, layout.shapes[n]) for n in names) for names in (graph.inputs, graph.outputs))
-    return Program(inputs, outputs, steps, size)
+    return Program(inputs, outputs, steps, size, scratch_size)
 
 
-def _in_arena(e: Emitter) -> tuple[tuple[Step, ...], int]:
-    """Steps whose operands lie in one arena, and its size in bytes."""
+def _in_arena(e: Emitter) -> tuple[tuple[Step, ...], int, int]:
+    """Steps whose operands lie in one arena or the scratch, and the sizes of both in bytes."""
+    e.steps, own = _tasks(e.steps)
     renamed = in_place(e.steps, {name: s.size_bytes for name, s in e.storages.items()})
     e.steps = [_with_storages(step, renamed) for step in e.steps]
     alive: dict[str, tuple[int, int]] = {}
     for number, step in enumerate(e.steps):
         for name in _storages(step):
-            alive[name] = (alive.get(name, (number, number))[0], number)
+            if name not in own:
+                alive[name] = (alive.get(name, (number, number))[0], number)
     arena = allocate([Interval(n, e.storages[n].size_bytes, a, b) for n, (a, b) in alive.items()])
 
     def settled(operand: Operand) -> Operand:
         if not operand.storage:
             return operand
+        if operand.storage in own:
+            return replace(operand, space="scratch", storage="")
         return replace(operand, offset=operand.offset + arena.offsets[operand.storage] // 4, storage="")
 
     steps = [replace(s, out=settled(s.out), a=settled(s.a), b=settled(s.b)) for s in e.steps]
-    return tuple(steps), arena.size_bytes
+    return tuple(steps), arena.size_bytes, max((e.storages[name].size_bytes for name in own), default=0)
+
+
+def _tasks(steps: list[Step]) -> tuple[list[Step], set[str]]:
+    """Steps of which only whole tasks still say so, and the storages that one task alone writes and reads."""
+    touched: dict[str, list[int]] = {}
+    for number, step in enumerate(steps):
+        for name in _storages(step):
+            touched.setdefault(name, []).append(number)
+    own, whole = set(), set()
+    for name, numbers in touched.items():
+        tasks = {steps[number].task for number in numbers}
+        if len(tasks) == 1 and 0 not in tasks and len(numbers) == 2 and numbers[1] == numbers[0] + 1:
+            own.add(name)
+            whole |= tasks
+    return [step if step.task in whole else replace(step, task=0) for step in steps], own
 
 
 def _with_storages(step: Step, renamed: dict[str, str]) -> Step:

@@ -43,7 +43,7 @@ STEP_OPS = {
         start=1,
     )
 }
-SPACES = {name: number for number, name in enumerate(("nowhere", "arena", "input", "output", "constant"))}
+SPACES = {name: number for number, name in enumerate(("nowhere", "arena", "input", "output", "constant", "scratch"))}
 ACTIVATIONS = {
     name: number
     for number, name in enumerate(
@@ -65,7 +65,7 @@ ACTIVATIONS = {
 _HEADER_SIZE, _TENSOR_WORDS, _STEP_WORDS, _PARAMS = 128, 11, 72, 16
 _ARRAYS = (("rows", np.int32), ("starts", np.int32), ("index", np.int32), ("values", np.float32), ("bias", np.float32))
 
-Space = Literal["nowhere", "arena", "input", "output", "constant"]
+Space = Literal["nowhere", "arena", "input", "output", "constant", "scratch"]
 Four = tuple[int, int, int, int]
 
 
@@ -105,7 +105,8 @@ class Step:
     activation: name and up to two parameters. front: floats of margin before the first plane; None when the output
     has no margins that must be zero. arrays: the row-blocks and bias (see `_ARRAYS`). params: as enumerated in
     native/src/program.h. format, reason: what was chosen for the weights, and why. nonzeros, weights: of the layer.
-    nodes: the names of the graph's nodes that this step computes.
+    nodes: the names of the graph's nodes that this step computes. task: 0, or: one thread does all steps of a number,
+    and those of numbers that follow each other may be done at once.
     """
 
     name: str
@@ -122,6 +123,12 @@ class Step:
     nonzeros: int = 0
     weights: int = 0
     nodes: tuple[str, ...] = ()
+    task: int = 0
+
+    @property
+    def layer(self) -> str:
+        """Its name without the number of its task: the tasks of a layer are told of as one."""
+        return self.name.rpartition("/")[0] if self.task else self.name
 
     @property
     def note(self) -> str:
@@ -131,7 +138,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """Steps over an arena of `arena_size` bytes.
+    """Steps over an arena of `arena_size` bytes, and a scratch of `scratch_size` for each thread.
 
     >>> Program((), (), (), 0).to_bytes()[:8]
     b'ESPALIER'
@@ -141,6 +148,7 @@ class Program:
     outputs: tuple[TensorSpec, ...]
     steps: tuple[Step, ...]
     arena_size: int
+    scratch_size: int = 0
 
     def to_bytes(self) -> bytes:
         """The program as the engine loads it."""
@@ -177,7 +185,14 @@ class _Writer:
             words += self._step(step)
         size = _aligned(self.end)
         counts = [len(program.inputs), len(program.outputs), len(program.steps)]
-        head = [size, -(-program.arena_size // 4), *counts, self.tensors_at, self.steps_at]
+        head = [
+            size,
+            -(-program.arena_size // 4),
+            *counts,
+            self.tensors_at,
+            self.steps_at,
+            -(-program.scratch_size // 4),
+        ]
         tables = [
             (0, struct.pack(f"<8sII{len(head)}q", MAGIC, FORMAT_VERSION, 0, *head)),
             (self.tensors_at, struct.pack(f"<{len(words)}q", *words)),
@@ -219,7 +234,7 @@ class _Writer:
         for array, dtype in _ARRAYS:
             words += self._array(step.arrays.get(array), dtype)
         words += [*self._text(step.name), *self._text(step.note)]
-        words += [*step.params, *[0] * (_PARAMS - len(step.params))]
+        words += [*step.params, *[0] * (_PARAMS - len(step.params)), step.task]
         return words + [0] * (_STEP_WORDS - len(words))
 
 

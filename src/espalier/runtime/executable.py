@@ -62,7 +62,7 @@ class _Native:
             results = context.run(arrays, batch)
             if times is not None:
                 for step, spent in zip(self.program.steps, context.step_ms()):
-                    times[step.name] += spent
+                    times[step.layer] += spent
                 context.profile(False)
         finally:
             self.idle.append(context)
@@ -142,14 +142,19 @@ class Executable:
         return dict(times)
 
     def describe(self) -> list[StepRow]:
-        """How every step runs, in order."""
-        rows = []
+        """How every step runs, in order; the tasks of a layer are one row, with the format of the first."""
+        rows: list[StepRow] = []
         for piece, runner in zip(self._pieces, self._runners):
             if isinstance(runner, _Native):
                 for step, kernel in zip(runner.program.steps, runner.loaded.kernels):
-                    rows.append(
-                        StepRow(step.name, step.op, kernel, step.format, step.reason, step.nonzeros, step.weights)
-                    )
+                    known = next((k for k in reversed(range(len(rows))) if rows[k].step == step.layer), None)
+                    row = StepRow(step.layer, step.op, kernel, step.format, step.reason, step.nonzeros, step.weights)
+                    if not step.task or known is None:
+                        rows.append(row)
+                        continue
+                    whole = rows[known]
+                    sums = whole.nonzeros + row.nonzeros, whole.weights + row.weights
+                    rows[known] = replace(whole, nonzeros=sums[0], weights=sums[1])
             else:
                 why = dict(piece.reasons)
                 for node in piece.graph.nodes:

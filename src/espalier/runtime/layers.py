@@ -52,7 +52,7 @@ def layers(program: Executable, *inputs: Any, rounds: int = 15) -> list[LayerTim
     batch = int(inputs[0].shape[0]) if inputs and inputs[0].shape else 1
     work: dict[str, float] = defaultdict(float)
     for step in program.steps():
-        work[step.name] += useful_flops(step) * batch
+        work[step.layer] += useful_flops(step) * batch
     rows = []
     for row in program.describe():
         if row.step not in times:

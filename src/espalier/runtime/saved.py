@@ -26,6 +26,7 @@ class _StepRow:
     weights: int
     out: list[int]
     a: list[int]
+    task: int = 0
 
 
 def dump(program: Executable) -> list[tuple[dict[str, Any], bytes]]:
@@ -41,7 +42,9 @@ def dump(program: Executable) -> list[tuple[dict[str, Any], bytes]]:
             pieces.append((row, b""))
             continue
         row["steps"] = [
-            asdict(_StepRow(s.name, s.op, s.format, s.reason, s.nonzeros, s.weights, [*s.out.sizes], [*s.a.sizes]))
+            asdict(
+                _StepRow(s.name, s.op, s.format, s.reason, s.nonzeros, s.weights, [*s.out.sizes], [*s.a.sizes], s.task)
+            )
             for s in piece.program.steps
         ]
         _, loaded = next(engine)
@@ -89,7 +92,7 @@ def _program(graph: Graph, rows: Sequence[Mapping[str, Any]]) -> Program:
     steps = []
     for values in rows:
         row = _StepRow(**values)
-        texts, numbers = (row.name, row.format, row.reason), (row.nonzeros, row.weights, *row.out, *row.a)
+        texts, numbers = (row.name, row.format, row.reason), (row.nonzeros, row.weights, row.task, *row.out, *row.a)
         sound = row.op in STEP_OPS and all(isinstance(text, str) for text in texts)
         if not sound or any(type(n) is not int or n < 0 for n in numbers) or (len(row.out), len(row.a)) != (4, 4):
             raise ValueError(f"step {row.name!r:.80} cannot be")
@@ -104,6 +107,7 @@ def _program(graph: Graph, rows: Sequence[Mapping[str, Any]]) -> Program:
                 reason=row.reason,
                 nonzeros=row.nonzeros,
                 weights=row.weights,
+                task=row.task,
             )
         )
     inputs, outputs = (

@@ -76,7 +76,7 @@ def _measured(
     timers = {}
     for name in formats:
         with blocks.choosing(_fixed(name, digest)):
-            timers[name] = _Timer(program_of(alone(graph, node)), threads)
+            timers[name] = _Timer(program_of(alone(graph, node)), 1 if "task" in node.attrs else threads)
     times: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(ROUNDS):
         for name, timer in timers.items():
@@ -115,7 +115,7 @@ def _digest(matrix: np.ndarray, op: str) -> str:
 
 def _layer_key(graph: Graph, node: Node, matrix: np.ndarray, op: str) -> str:
     """What the time of a layer depends on: the op with its attributes and shapes, and where the matrix has zeros."""
-    attrs = {k: v for k, v in node.attrs.items() if k != "fused"}
+    attrs = {k: v for k, v in node.attrs.items() if k not in ("fused", "task")} | {"own": "task" in node.attrs}
     shapes = [None if n is None else tuple(graph.values[n].shape[1:]) for n in (*node.inputs[:1], *node.outputs)]
     place = hashlib.sha256(np.packbits(matrix != 0).tobytes()).hexdigest()
     text = json.dumps([node.op, op, attrs, shapes, matrix.shape, len(node.inputs), place], default=str, sort_keys=True)
