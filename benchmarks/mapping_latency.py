@@ -1,7 +1,7 @@
 """Targets of latency met by measurement, and the latency model against whole networks; no training.
 
     python benchmarks/mapping_latency.py                                    # ResNet-50 and MobileNetV2: 2x, 3x, 5x
-    python benchmarks/mapping_latency.py --networks resnet20 --speedups 2
+    python benchmarks/mapping_latency.py --networks resnet20 --speedups 2 --no-check
 
 Weights are random: only latency counts. A plan by rule is timed beside the dense network once more when it is finished,
 pruned in one shot and shrunk, as a user would run it: medians of rounds in turns; with one thread in processor time,
@@ -25,7 +25,7 @@ import torch
 
 import espalier as es
 from espalier.errors import EspalierError
-from espalier.mapping import LatencyModel, check, mean_error
+from espalier.mapping import LatencyModel, Proposal, check, mean_error
 from espalier.mapping.candidates import find
 from espalier.mapping.probe import Probe
 from espalier.sparsity import Scheme
@@ -37,13 +37,17 @@ COMPILED = 3  # times each network is: how its numbers happen to lie in memory c
 DENSITIES = (0.6, 0.25, 0.12)  # at which the latency model is checked: none is in its table
 
 
-def network_rows(name: str, speedups: list[float], threads: int, rounds: int) -> dict[str, Any]:
+def network_rows(
+    name: str, speedups: list[float], threads: int, rounds: int, checking: bool, before: dict[str, Any]
+) -> dict[str, Any]:
+    """What the JSON holds of a network; what is not measured now stays as it was `before`."""
     torch.manual_seed(0)
     graph = es.capture(build(name).eval(), torch.zeros(1, *example_shape(name)))
     began = time.perf_counter()
-    model = es.latency_model(graph, threads=threads, tell=print)
+    told: list[str] = []
+    model = es.latency_model(graph, threads=threads, tell=told.append)
     table_seconds = time.perf_counter() - began
-    rows, plans = [], alone(model)
+    rows, plans, proposals = list[dict[str, Any]](), alone(model), dict[float, Proposal]()
     for speedup in speedups:
         began = time.perf_counter()
         try:
@@ -54,30 +58,47 @@ def network_rows(name: str, speedups: list[float], threads: int, rounds: int) ->
             continue
         seconds = time.perf_counter() - began
         plans[f"plan {speedup:g}x"] = found.plan.resolve(graph.sites())
-        rows.append({"asked": speedup, "seconds": seconds, **measured(graph, model, found, speedup, rounds)})
-        print(f"{name} {speedup:g}x asked, {rows[-1]['measured']:.2f}x measured: {rows[-1]['gap']:+.1%}", flush=True)
-    checked = check(model, graph, plans)
-    print(f"{name}: latency model, mean error {mean_error(checked):.1%} over {len(checked)} networks", flush=True)
-    return {
-        "network": name,
-        "table_seconds": table_seconds,
-        "model_mean_error": mean_error(checked),
-        "rows": rows,
-        "model_check": [dataclasses.asdict(row) | {"error": row.error} for row in checked],
-    }
+        proposals[speedup] = found
+        rows.append({"asked": speedup, "seconds": seconds})
+    times = measured(graph, model, proposals, rounds)
+    for row in rows:
+        if row["asked"] in proposals:
+            row |= facts(model, proposals[row["asked"]], row["asked"], times[row["asked"]])
+            print(f"{name} {row['asked']:g}x asked, {row['measured']:.2f}x measured: {row['gap']:+.1%}", flush=True)
+    known = {row["asked"]: row for row in before.get("rows", [])} | {row["asked"]: row for row in rows}
+    made = {**before, "network": name, "threads": threads, "rows": [known[asked] for asked in sorted(known)]}
+    if told:  # it was not there yet
+        made["table_seconds"] = table_seconds
+    if checking:
+        checked = check(model, graph, plans)
+        print(f"{name}: latency model, mean error {mean_error(checked):.1%} over {len(checked)} networks", flush=True)
+        made["model_mean_error"] = mean_error(checked)
+        made["model_check"] = [dataclasses.asdict(row) | {"error": row.error} for row in checked]
+    return made
 
 
 def measured(
-    graph: es.Graph, model: LatencyModel, found: es.mapping.Proposal, speedup: float, rounds: int
-) -> dict[str, Any]:
-    """A plan, pruned in one shot and shrunk, beside the dense network, in turns."""
+    graph: es.Graph, model: LatencyModel, proposals: dict[float, Proposal], rounds: int
+) -> dict[float, dict[str, list[float]]]:
+    """Plans, pruned in one shot and shrunk, each beside the dense network in turns: milliseconds by what was asked.
+
+    All of them once, then all of them again, freshly compiled: a minute in which the machine is slower is nobody's.
+    """
     probe, x = Probe(graph, model.layers), torch.randn(1, *graph.values[graph.inputs[0]].shape[1:])
-    variants = {"dense": probe.variant({}), "plan": probe.variant(found.plan.resolve(graph.sites()), own=True)}
-    ms: dict[str, list[float]] = {key: [] for key in variants}
+    dense = probe.variant({})
+    cut = {asked: probe.variant(p.plan.resolve(graph.sites()), own=True) for asked, p in proposals.items()}
+    ms: dict[float, dict[str, list[float]]] = {asked: {"dense": [], "plan": []} for asked in cut}
     for _ in range(COMPILED):
-        programs = {key: es.compile(variant, threads=model.threads) for key, variant in variants.items()}
-        taken = in_turns({key: (lambda p=p: p(x)) for key, p in programs.items()}, rounds // COMPILED, model.threads)
-        ms = {key: ms[key] + values for key, values in taken.items()}
+        for asked, small in cut.items():
+            programs = {k: es.compile(g, threads=model.threads) for k, g in (("dense", dense), ("plan", small))}
+            calls = {key: (lambda p=p: p(x)) for key, p in programs.items()}
+            for key, values in in_turns(calls, rounds // COMPILED, model.threads).items():
+                ms[asked][key] += values
+    return ms
+
+
+def facts(model: LatencyModel, found: Proposal, speedup: float, ms: dict[str, list[float]]) -> dict[str, Any]:
+    """What stands in the JSON of a plan that was measured."""
     medians = {key: float(np.median(values)) for key, values in ms.items()}
     got = medians["dense"] / medians["plan"]
     whole = sum(layer.site.weights for layer in model.layers.values())
@@ -123,15 +144,14 @@ def main() -> None:
     parser.add_argument("--speedups", default="2,3,5")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--no-check", action="store_true", help="leave the check of the latency model as it stands")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     held = json.loads(RESULTS.read_text())["networks"] if RESULTS.exists() else {}
     for name in a.networks.split(","):
-        speedups = [float(s) for s in a.speedups.split(",")]
-        held[f"{name}, {a.threads} threads"] = {
-            **network_rows(name, speedups, a.threads, a.rounds),
-            "threads": a.threads,
-        }
+        speedups = [float(s) for s in a.speedups.split(",") if s]
+        key = f"{name}, {a.threads} threads"
+        held[key] = network_rows(name, speedups, a.threads, a.rounds, not a.no_check, held.get(key, {}))
         report = {"machine": es.machine(), "networks": held}
         RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
