@@ -33,7 +33,7 @@ from espalier.train import build, example_shape
 
 RESULTS = Path(__file__).parent / "results" / "mapping_latency.json"
 SECONDS = 0.03  # of one measurement
-COMPILED = 3  # times each network is: how its numbers happen to lie in memory counts some per cent
+COMPILED = 5  # times each network is: how its numbers happen to lie in memory counts some per cent
 DENSITIES = (0.6, 0.25, 0.12)  # at which the latency model is checked: none is in its table
 
 

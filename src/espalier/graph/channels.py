@@ -51,7 +51,11 @@ class Couplings:
 
     def unite(self, a: Tensor, b: Tensor) -> None:
         """Couple the labels `a` and `b` entry by entry (same shape)."""
-        pairs = compact(torch.stack(torch.broadcast_tensors(a, b), -1), keep=1).reshape(-1, 2)
+        a, b = torch.broadcast_tensors(a, b)
+        for dim in range(a.ndim):  # what repeats in both is looked at once: a stack would write it out
+            if a.stride(dim) == 0 == b.stride(dim) and a.shape[dim] > 1:
+                a, b = a.narrow(dim, 0, 1), b.narrow(dim, 0, 1)
+        pairs = torch.stack((a, b), -1).reshape(-1, 2)
         for x, y in np.unique(pairs.numpy(), axis=0).tolist():
             x, y = self.find(x), self.find(y)
             if x != y:

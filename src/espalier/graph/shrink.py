@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from espalier.errors import CaptureError
 from espalier.graph.capture import ExampleInputs, arguments, capture
+from espalier.graph.channels import compact
 from espalier.graph.fold import fold_constants
 from espalier.graph.interpret import apply, run
 from espalier.graph.ir import Graph, Node, Value
@@ -101,9 +102,8 @@ def _keeps(live: Liveness, key: str) -> Tensor:
 
 def _index(live: Liveness, name: str, dim: int) -> Tensor:
     """The indices of dimension `dim` of a value that stay."""
-    entries = live.entries(name)
-    others = [d for d in range(entries.ndim) if d != dim]
-    return (entries.any(others) if others else entries).nonzero()[:, 0]
+    entries = live.alive[live.root[compact(live.found.labels[name].movedim(dim, 0), keep_first=True)]]
+    return (entries.flatten(1).any(1) if entries.ndim > 1 else entries).nonzero()[:, 0]
 
 
 def _cut_weight(graph: Graph, live: Liveness, name: str) -> Tensor:

@@ -16,10 +16,10 @@ from espalier.runtime.executable import Executable
 # Turns of one program: as many as fill the time. A few programs share what many would take: then it is a plan that is
 # checked, and one number decides.
 LEAST, SECONDS = 5, 0.1
-SHARED_LEAST, SHARED_SECONDS = 48, 1.5
+SHARED_LEAST, SHARED_SECONDS = 24, 1.5
 # How a small program's weights and activations happen to lie in memory makes it some 3 % faster or slower, for as long
 # as it lives (seen on ResNet-20). Where few are timed, each is compiled several times and counts by its median.
-FEW, COPIES, SMALL = 2, 3, 4_000_000
+FEW, COPIES, SMALL = 2, 5, 4_000_000
 TURN = 0.01  # as in `bench`: a large network's weights take some runs to settle in the caches
 QUANTILE = 0.25  # the median of the faster half: what other programs add to the slower half is not the network's
 
