@@ -5,9 +5,9 @@
 ResNet-20 on CIFAR-10 from published weights. Every plan aims at the same speedups over our own dense network, as
 measured. All are trained by one method and recipe, with the dense network as teacher, for equally many epochs on the
 same data; then shrunk, and timed beside the dense network and the dense rivals in one interleaved run. --long adds the
-plan by rule at the lowest speedup, trained for so many epochs by a recipe of its own (--long-*, --teacher). Layers that
-the rule spares at first are spared by the uniform plans too. Choices are made on a tenth of the training set, which the
-published weights have seen; the test set is for the figures only.
+plan by rule at a speedup of its own, trained for so many epochs by a recipe of its own (--long-*, --teacher). Layers
+that the rule spares at first are spared by the uniform plans too. Choices are made on a tenth of the training set,
+which the published weights have seen; the test set is for the figures only.
 
 Plans are made and timed first, in this process; then the search tries its trials and the plans are trained, in
 --workers processes of one thread each. Stopped and started again it goes on where it was: what is finished lies in
@@ -176,8 +176,9 @@ def made_plans(setting: Setting, speedups: list[float], work: Workspace) -> dict
     }
     file = work.path / "plans.json"
     plans: dict[str, dict[str, str]] = json.loads(file.read_text()) if file.exists() else {}
+    a = setting.arguments
     for title, make in makers.items():
-        for speedup in speedups:
+        for speedup in [*speedups, *([a.long_speedup] if a.long and title == RULE else [])]:
             name = f"{title}/{speedup:g}"
             if name not in plans:
                 try:
@@ -325,6 +326,8 @@ def report(setting: Setting, plans: dict[str, dict[str, str]], done: dict[Cell, 
             "of_fastest_rival": timings[fastest]["median_ms"] / timing["median_ms"],
             "toml": plans[cell.name]["toml"],
         }
+        if cell.epochs == a.long:
+            rows[key_of(cell)] |= {"lr": a.long_lr, "distill": a.long_distill, "teacher": a.teacher or DENSE}
     for row in rows.values():  # those of equal epochs that are as fast and more accurate
         row["beaten_by"] = [
             key
@@ -367,10 +370,11 @@ def main() -> None:
     parser.add_argument("--weights", default="cifar10_resnet20.safetensors")
     parser.add_argument("--epochs", type=int, default=5, help="of each plan")
     parser.add_argument("--long", type=int, default=15, help="epochs of one more training of the rule's plan; 0: none")
+    parser.add_argument("--long-speedup", type=float, default=3.05)
     parser.add_argument("--long-lr", type=float, default=0.05)
     parser.add_argument("--long-distill", type=float, default=0.5)
     parser.add_argument("--teacher", default="", help="of the long training, as resnet56:FILE; default: dense itself")
-    parser.add_argument("--speedups", default="3.05,3.3", help="over our own dense network")
+    parser.add_argument("--speedups", default="2.6,3.3", help="over our own dense network")
     parser.add_argument("--method", choices=list(METHODS), default="admm")
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--distill", type=float, default=0.5)
@@ -395,7 +399,7 @@ def main() -> None:
     plans = made_plans(setting, speedups, work)
     cells = [Cell(title, s, a.epochs) for s in reversed(speedups) for title in (RULE, SEARCH, *UNIFORM)]
     if a.long:
-        cells.insert(0, Cell(RULE, min(speedups), a.long))
+        cells.insert(0, Cell(RULE, a.long_speedup, a.long))
     cells = [cell for cell in dict.fromkeys(cells) if "toml" in plans[cell.name]]
     file = Path(a.out) / "cells.json"
     try:
