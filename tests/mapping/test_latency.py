@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import espalier as es
 from espalier import compiler
 from espalier.errors import PlanError, UnknownNameError
-from espalier.mapping import cache, check, clock, latency_model, mean_error
-from espalier.mapping.candidates import GRID, find, ladder
+from espalier.mapping import cache, check, clock, latency, latency_model, mean_error
+from espalier.mapping.candidates import GRID, WIDE_GRID, find, ladder
 from espalier.mapping.clock import Profile
 from espalier.mapping.latency import label_of, rising
 from espalier.mapping.layers import layers
@@ -85,6 +85,30 @@ def test_what_stands_is_not_measured_again(graph: es.Graph, tmp_path: Path) -> N
     shorter = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.Conv2d(16, 16, 3, padding=1))
     latency_model(es.capture(shorter, example()), clock=other, shelf=Shelf("latency", WHO, tmp_path))
     assert 0 < other.graphs < first.graphs
+
+
+def test_large_layers_are_measured_at_fewer_densities_and_networks_in_parts(
+    graph: es.Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = latency_model(graph, clock=CountingClock(), shelf=Shelf("latency", WHO, tmp_path / "a"))
+    sizes: list[int] = []
+    clock = CountingClock()
+
+    def counting(graphs, threads):
+        sizes.append(len(graphs))
+        return clock(graphs, threads)
+
+    monkeypatch.setattr(latency, "BIG", 1)
+    monkeypatch.setattr(latency, "PROGRAMS", 2 * sum(site.weights for site in graph.sites().values()))
+    made = latency_model(graph, clock=counting, shelf=Shelf("latency", WHO, tmp_path / "b"))
+    assert len(made.curves["a.weight", "column"].densities) == 1 + len(WIDE_GRID)
+    assert len(made.curves["a.weight", "pattern+kernel"].densities) == len(WIDE_GRID)
+    assert max(sizes) == 3
+    for site in ("a.weight", "point.weight"):
+        for density in WIDE_GRID:
+            assert made.layer_ms(site, "column", density) == pytest.approx(
+                whole.layer_ms(site, "column", density), rel=0.02
+            )
 
 
 def test_a_damaged_cache_is_measured_anew(graph: es.Graph, tmp_path: Path) -> None:

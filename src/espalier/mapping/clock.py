@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +23,7 @@ SHARED_LEAST, SHARED_SECONDS = 24, 1.5
 # as it lives (seen on ResNet-20). Where few are timed, each is compiled several times and counts by its median.
 FEW, COPIES, SMALL = 2, 5, 4_000_000
 TURN = 0.01  # as in `bench`: a large network's weights take some runs to settle in the caches
+COMPILERS = 4
 QUANTILE = 0.25  # the median of the faster half: what other programs add to the slower half is not the network's
 
 
@@ -62,7 +65,8 @@ def _middle(found: Sequence[Profile]) -> Profile:
 def _profiles(graphs: Sequence[Graph], threads: int) -> list[Profile]:
     """One for each program."""
     now = time.thread_time if threads == 1 else time.perf_counter
-    programs = [compile(graph, threads=threads) for graph in graphs]
+    with ThreadPoolExecutor(min(COMPILERS, os.cpu_count() or 1)) as pool:  # much of it is numpy's, which can share
+        programs = list(pool.map(lambda graph: compile(graph, threads=threads), graphs))
     given = [_inputs(graph) for graph in graphs]
     plans = [_turns(program, x, len(programs)) for program, x in zip(programs, given)]
     seen: list[list[dict[str, float]]] = [[] for _ in graphs]

@@ -21,7 +21,7 @@ import numpy as np
 from espalier.errors import PlanError, UnknownNameError
 from espalier.graph.ir import Graph
 from espalier.mapping import cache
-from espalier.mapping.candidates import CHANNELS, GRID, Candidate, ladder
+from espalier.mapping.candidates import BIG, CHANNELS, GRID, WIDE_GRID, Candidate, ladder
 from espalier.mapping.clock import Clock, Profile, engine_clock
 from espalier.mapping.layers import Layer, layers
 from espalier.mapping.probe import Probe
@@ -29,6 +29,7 @@ from espalier.runtime.cache import Shelf
 from espalier.sparsity import CATALOG, Scheme
 
 Rows = dict[str, float]
+PROGRAMS = 400_000_000  # weights that are held at once by variants of a network that take turns
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ def latency_model(
     if not batches and f"{network} | rest" not in rows:
         batches = [[{}, *_slot(found, ladders, 0, GRID[2:3])]]
     seen: defaultdict[str, list[float]] = defaultdict(list)
+    held = max(1, PROGRAMS // max(1, sum(layer.site.weights for layer in found.values())))
+    batches = [[{}, *each[k : k + held]] for _, *each in batches for k in range(0, len(each), held)]
     for number, batch in enumerate(batches):
         tell(f"measuring layers on the engine: {number + 1} of {len(batches)}")
         profiles = clock([probe.variant({s: c.at(d) for s, (c, d) in wanted.items()}) for wanted in batch], threads)
@@ -194,18 +197,28 @@ def rising(values: np.ndarray) -> np.ndarray:
 Wanted = dict[str, tuple[Candidate, float]]  # one variant of the network: site -> candidate and density
 
 
-def densities(candidate: Candidate) -> tuple[float, ...]:
+def densities(candidate: Candidate, layer: Layer) -> tuple[float, ...]:
     """The densities at which a candidate is measured, highest first."""
     top = candidate.ceiling
-    return (*((top,) if top < 1 else ()), *(d for d in GRID if d < top))
+    return (*((top,) if top < 1 else ()), *(d for d in _grid(layer) if d < top))
+
+
+def _grid(layer: Layer) -> tuple[float, ...]:
+    """Large layers are read from memory, which takes them in proportion: few points tell it, and packing them takes."""
+    return WIDE_GRID if layer.site.weights >= BIG else GRID
 
 
 def _slot(found: Mapping[str, Layer], ladders: Mapping[str, Sequence[Candidate]], k: int, grid: Any) -> list[Wanted]:
-    """Every layer in candidate `k` of its ladder, or its last one; one variant for each density of `grid`."""
+    """Every layer in candidate `k` of its ladder, or its last one; one variant for each density of `grid`.
+
+    A layer is dense in those that are not in its own grid.
+    """
     variants = []
     for density in grid:
-        wanted = {s: (ladders[s][min(k, len(ladders[s]) - 1)], density) for s in found if ladders[s]}
-        variants.append({s: (c, min(d, c.ceiling)) for s, (c, d) in wanted.items()})
+        wanted = {
+            s: ladders[s][min(k, len(ladders[s]) - 1)] for s in found if ladders[s] and density in _grid(found[s])
+        }
+        variants.append({s: (c, min(density, c.ceiling)) for s, c in wanted.items()})
     return variants
 
 
@@ -269,7 +282,7 @@ def _model(
     curves = {}
     for site, each in ladders.items():
         for candidate in each:
-            points = [(d, rows[_key(found[site], candidate, d)]) for d in densities(candidate)]
+            points = [(d, rows[_key(found[site], candidate, d)]) for d in densities(candidate, found[site])]
             if candidate.ceiling == 1:
                 points.insert(0, (1.0, dense[site]))
             at, ms = np.array(points[::-1]).T
