@@ -184,7 +184,10 @@ def mapping_latency(report: dict[str, Any]) -> str:
                 rows.append([name, f"{row['asked']:g}x", "", "", row["unreachable"]])
             else:
                 rows.append([name, f"{row['asked']:g}x", f"{row['measured']:.2f}x", f"{row['gap']:+.1%}", ""])
-    off = [[n, f"{v['model_mean_error']:.1%}", len(v["model_check"])] for n, v in report["networks"].items()]
+    off = [
+        [n, f"{v['model_mean_error']:.1%}", len(v["model_check"])] if "model_check" in v else [n, "open", ""]
+        for n, v in report["networks"].items()
+    ]
     return "\n\n".join(
         [
             table(["network", "asked", "measured", "gap", "why not"], rows),
