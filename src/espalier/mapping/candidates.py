@@ -17,7 +17,7 @@ from espalier.mapping.layers import Layer
 from espalier.sparsity import Scheme, ceiling, scheme, unfit
 
 GRID = (0.7, 0.45, 0.3, 0.2, 0.1, 0.05, 0.025)  # densities that are measured; in between, the table interpolates
-BIG, WIDE_GRID = 2_000_000, (0.45, 0.2, 0.05, 0.025)  # of layers of so many weights
+BIG, WIDE_GRID = 1_000_000, (0.45, 0.2, 0.05, 0.025)  # of layers of so many weights
 
 
 @dataclass(frozen=True)
