@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -226,3 +227,26 @@ def test_couplings_of_a_residual_stage() -> None:
     branch = [found.find(k) for k in found.labels["blocks.0.conv2.weight@0"].tolist()]
     inner = [found.find(k) for k in found.labels["blocks.0.conv1.weight@0"].tolist()]
     assert stem == branch and not set(stem) & set(inner)
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return (x + self.b(x)).mean((2, 3))
+
+
+def test_couplings_look_at_channels_and_not_at_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An add couples as many pairs as it has channels, however large its planes are."""
+    seen, real = [], np.unique
+
+    def spied(array, **options):
+        seen.append(len(array))
+        return real(array, **options)
+
+    monkeypatch.setattr(np, "unique", spied)
+    found = couplings(capture(Sum(), torch.zeros(1, 3, 48, 48)))
+    assert seen == [8] and found.labels["a.weight@0"].shape == (8,)
