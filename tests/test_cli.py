@@ -80,7 +80,7 @@ def test_info_run_and_bench(finished: Path, tmp_path: Path, capsys: pytest.Captu
         (["compress", "lenet_digits", "--data", "digits", "--recipe.batch_size", "0"], "batch_size is 0, expected"),
         (
             ["compress", "lenet_digits", "--data", "digits", "--density", "0.5", "--method-options", '{"foo": 3}'],
-            "unknown option of method admm 'foo': Known: every",
+            "unknown option of method magnitude 'foo': Known: ramp",
         ),
         (["plan", "lenet_digits", "--macs", "-1"], "macs is -1.0"),
         (["compress", "lenet_digits", "--data", "digits", "--plan", "none.toml"], "cannot be read"),

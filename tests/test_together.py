@@ -13,7 +13,8 @@ import espalier as es
 
 COMMAND = [sys.executable, "-m", "espalier.cli", "compress", "lenet_digits", "--data", "digits", "--accelerator", "cpu"]
 QUICK = ["--density", "0.2", "--epochs", "4", "--dense-epochs", "2", "--recipe.batch_size", "64", "--max-drop", "20"]
-QUICK += ["--method", "magnitude"]  # one choice: ADMM makes many, each of which can turn on the last bit of a sum
+# One choice: where there are many, each can turn on the last bit of a sum.
+QUICK += ["--method", "magnitude", "--method-options", '{"ramp": "jump"}']
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
