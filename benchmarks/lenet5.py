@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from training import Training
 
 import espalier as es
 from espalier.methods import get
-from espalier.train import Data, Recipe, build, evaluate, fit, load_data, seed_everything
+from espalier.train import Data, Recipe, build, evaluate, load_data, seed_everything
 from espalier.workspace import Workspace
 
 RESULTS = Path(__file__).parent / "results" / "lenet5.json"
@@ -48,41 +49,16 @@ class Benchmark:
     """The way of P-RM, phase by phase; what is finished is kept in the workspace."""
 
     def __init__(self, data: Data, work: Workspace, seed: int) -> None:
-        self.data, self.work, self.seed = data, work, seed
+        self.data, self.seed = data, seed
         seed_everything(seed)
         self.model, self.example = build("lenet5"), torch.zeros(1, 1, 28, 28)
         self.total = es.size(es.capture(self.model, self.example)).weights
-        self.run: es.Run | None = None
+        self.training = Training(self.model, data, work, progress=True)
 
     def train(self, phase: str) -> None:
         epochs, lr = PHASES[phase]
         recipe = Recipe(epochs=epochs, batch_size=BATCH, lr=lr, weight_decay=1e-4, seed=self.seed)
-        checkpoint = self.work.checkpoint(phase)
-        fit(
-            self.model,
-            self.data,
-            recipe,
-            hooks=self.run,
-            checkpoint=checkpoint,
-            resume=checkpoint.exists(),
-            phase=phase,
-        )
-
-    def state(self, start: float, **extra: Any) -> dict[str, Any]:
-        run = self.run.state_dict() if self.run else {}
-        return {"model": self.model.state_dict(), "run": run, "seconds": time.perf_counter() - start, **extra}
-
-    def phase(self, name: str, work: Any) -> dict[str, Any]:
-        def timed() -> dict[str, Any]:
-            start = time.perf_counter()
-            extra = work() or {}
-            return self.state(start, **extra)
-
-        state = self.work.phase(name, timed)
-        self.model.load_state_dict(state["model"])
-        if self.run is not None:
-            self.run.load_state_dict(state["run"])
-        return state
+        self.training.fit(phase, recipe)
 
     def holdout(self) -> float:
         return 100 * evaluate(self.model, self.data.holdout).accuracy
@@ -108,28 +84,25 @@ class Benchmark:
 
     def go(self, max_drop: float) -> list[dict[str, Any]]:
         rows = []
-        dense = self.phase("dense", lambda: self.train("dense"))
+        dense = self.training.phase("dense", lambda: self.train("dense"))
         rows.append(self.row("dense", False, dense["seconds"]))
         steps = PHASES["shape"][0] * self.data.train.steps(BATCH)
-        self.run = es.start(self.model, PLAN, PUBLISHED, self.example, steps=steps)
+        run = self.training.run = es.start(self.model, PLAN, PUBLISHED, self.example, steps=steps)
 
         def shape() -> None:
-            assert self.run is not None
             self.train("shape")
-            self.run.finish()
+            run.finish()
 
-        seconds = (
-            self.phase("shape", shape)["seconds"] + self.phase("recover", lambda: self.train("recover"))["seconds"]
-        )
+        seconds = self.training.phase("shape", shape)["seconds"]
+        seconds += self.training.phase("recover", lambda: self.train("recover"))["seconds"]
         rows.append(self.row("ADMM alone (masked retraining)", False, seconds))
 
         def pure() -> dict[str, Any]:
-            assert self.run is not None
-            return {"report": dataclasses.asdict(es.purify(self.run, self.holdout, max_drop))}
+            return {"report": dataclasses.asdict(es.purify(run, self.holdout, max_drop))}
 
         for k in range(1, ROUNDS + 1):
-            seconds = self.phase(f"purify{k}", pure)["seconds"]
-            seconds += self.phase(f"retrain{k}", lambda k=k: self.train(f"retrain{k}"))["seconds"]
+            seconds = self.training.phase(f"purify{k}", pure)["seconds"]
+            seconds += self.training.phase(f"retrain{k}", lambda k=k: self.train(f"retrain{k}"))["seconds"]
             rows.append(self.row(f"purification and unused path removal, round {k}", True, seconds))
         return rows
 

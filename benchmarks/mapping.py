@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from cells import key_of, options, run_cells
 from torch import nn
+from training import Training
 
 import espalier as es
 from espalier.errors import EspalierError, PlanError
@@ -43,7 +44,7 @@ from espalier.methods import get
 from espalier.planning import SHORT, OneShot, on_split
 from espalier.runtime import rival
 from espalier.sparsity import Entry
-from espalier.train import Data, Recipe, build, evaluate, fit, load_data, load_weights, recalibrate, seed_everything
+from espalier.train import Data, Recipe, build, evaluate, load_data, load_weights, seed_everything
 from espalier.workspace import Workspace
 
 RESULTS = Path(__file__).parent / "results" / "mapping.json"
@@ -224,32 +225,9 @@ def train(cell: Cell, a: argparse.Namespace) -> dict[str, Any]:
     steps = shaping * data.train.steps(recipe.batch_size)
     plan = es.Plan.from_toml(json.loads((Path(a.out) / "plans.json").read_text())[cell.name]["toml"])
     seed_everything(a.seed)
-    run = es.start(network, plan, get(a.method, **METHODS[a.method]), example(), steps=steps)
+    run = es.start(network, plan, a.method, example(), steps=steps)
 
-    def phase(kind: str, epochs: int) -> dict[str, Any]:
-        if epochs:
-            file = work.checkpoint(kind)
-            wanted = dataclasses.replace(recipe, epochs=epochs)
-            fit(
-                network,
-                data,
-                wanted,
-                hooks=run,
-                teacher=teacher,
-                checkpoint=file,
-                resume=file.exists(),
-                phase=kind,
-                progress=False,
-            )
-        if kind == "shape":
-            run.finish()
-            recalibrate(network, data.train)
-        return {"model": network.state_dict(), "run": run.state_dict()}
-
-    for kind, epochs in (("shape", shaping), ("retrain", cell.epochs - shaping)):
-        state = work.phase(kind, lambda k=kind, e=epochs: phase(k, e))
-        network.load_state_dict(state["model"])
-        run.load_state_dict(state["run"])
+    Training(network, data, work, teacher=teacher).into_plan(run, recipe, shaping, cell.epochs - shaping)
     size = es.size(es.capture(es.shrink(network.eval(), example()), example()))
     return {
         "test": 100 * evaluate(network, data.test).accuracy,
@@ -257,9 +235,6 @@ def train(cell: Cell, a: argparse.Namespace) -> dict[str, Any]:
         "nonzero": size.nonzero,
         "useful_macs": size.useful_macs,
     }
-
-
-METHODS: dict[str, dict[str, Any]] = {"admm": {}, "magnitude": {"ramp": "cubic"}}
 
 
 def teacher_of(cell: Cell, a: argparse.Namespace) -> nn.Module:
@@ -375,7 +350,7 @@ def main() -> None:
     parser.add_argument("--long-distill", type=float, default=0.5)
     parser.add_argument("--teacher", default="", help="of the long training, as resnet56:FILE; default: dense itself")
     parser.add_argument("--speedups", default="2.6,3.3", help="over our own dense network")
-    parser.add_argument("--method", choices=list(METHODS), default="admm")
+    parser.add_argument("--method", choices=list(es.METHODS), default="admm")
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--distill", type=float, default=0.5)
     parser.add_argument("--precision", default="bf16-mixed")

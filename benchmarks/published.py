@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,10 @@ import torch
 from cells import options, run_cells
 from methods_resnet20 import plan_for, useful_macs
 from pretrained import IMAGENET
-from torch import nn
+from training import Training
 
 import espalier as es
-from espalier.methods import Run, get
-from espalier.train import Data, Recipe, build, evaluate, fit, load_data, load_weights, recalibrate, seed_everything
+from espalier.train import Recipe, build, evaluate, load_data, load_weights, seed_everything
 from espalier.workspace import Workspace
 
 RESULTS = Path(__file__).parent / "results" / "published.json"
@@ -62,46 +60,11 @@ ROWS = {
     "densenet40/pruned": Row("densenet40", "cifar100", 4.0, "weights", "micro_block", None, MICRO),
     "densenet40/pruned and unified": Row("densenet40", "cifar100", 4.0, "weights", "micro_block+unify", None, MICRO),
 }
-SETTINGS: dict[str, dict[str, Any]] = {"magnitude": {"ramp": "cubic"}}
 
 
 @dataclass(frozen=True)
 class Cell:
     name: str
-
-
-@dataclass
-class Training:
-    """The phases of a row; what is finished is kept in the workspace."""
-
-    model: nn.Module
-    data: Data
-    work: Workspace
-    run: Run | None = None
-    teacher: nn.Module | None = None
-
-    def phase(self, name: str, recipe: Recipe, then: Callable[[], None] = lambda: None) -> None:
-        def train() -> dict[str, Any]:
-            file = self.work.checkpoint(name)
-            fit(
-                self.model,
-                self.data,
-                recipe,
-                hooks=self.run,
-                teacher=self.teacher,
-                checkpoint=file,
-                resume=file.exists(),
-                phase=name,
-                progress=False,
-                on_epoch=lambda epoch: print(f"{name} {epoch}", flush=True),
-            )
-            then()
-            return {"model": self.model.state_dict(), "run": self.run.state_dict() if self.run else {}}
-
-        state = self.work.phase(name, train)
-        self.model.load_state_dict(state["model"])
-        if self.run is not None:
-            self.run.load_state_dict(state["run"])
 
 
 def work(cell: Cell, a: argparse.Namespace) -> dict[str, Any]:
@@ -117,7 +80,7 @@ def work(cell: Cell, a: argparse.Namespace) -> dict[str, Any]:
     if row.weights:
         load_weights(training.model, Path(a.weights) / row.weights)
     else:
-        training.phase("dense", replace(DENSE, epochs=DENSE_EPOCHS))
+        training.phase("dense", lambda: training.fit("dense", replace(DENSE, epochs=DENSE_EPOCHS)))
     model, training.teacher = training.model, copy.deepcopy(training.model).eval()
     graph = es.capture(model, example)
     dense_macs = useful_macs(model, example)
@@ -127,15 +90,8 @@ def work(cell: Cell, a: argparse.Namespace) -> dict[str, Any]:
         plan = es.uniform(graph, 1 / row.factor, row.scheme)
     shaping = max(1, a.epochs // 2)
     steps = shaping * data.train.steps(RECIPE.batch_size)
-    method = get(row.method, **SETTINGS.get(row.method, {}))
-    run = training.run = es.start(model, plan, method, example, steps=steps)
-
-    def cut() -> None:
-        run.finish()
-        recalibrate(model, data.train)
-
-    training.phase("shape", replace(RECIPE, epochs=shaping), cut)
-    training.phase("retrain", replace(RECIPE, epochs=a.epochs - shaping))
+    run = es.start(model, plan, row.method, example, steps=steps)
+    training.into_plan(run, RECIPE, shaping, a.epochs - shaping)
     size = es.size(es.capture(model, example))
     return {
         "dense_test": 100 * evaluate(training.teacher, data.test).accuracy,

@@ -46,8 +46,9 @@ static bool same_sizes(const esp_operand *x, const esp_operand *y)
     return true;
 }
 
-/* The output lies in the arena, an output or, of a conv, the scratch, holds no more elements than its space (so that a step's work is bounded),
- * and so do its margins: rows and planes in ascending order, room before the first and behind the last plane. */
+/* The output lies in the arena, an output or, of a conv, the scratch, holds no more elements than its space (so that a
+ * step's work is bounded), and so do its margins: rows and planes in ascending order, room before the first and behind
+ * the last plane. */
 static bool writable(const esp_program *p, const esp_step *s)
 {
     const esp_operand *o = &s->out;

@@ -38,6 +38,8 @@ def test_what_is_missing_is_said() -> None:
         get("adm")
     with pytest.raises(UnknownNameError, match="option of method admm 'rho_strat': did you mean 'rho_start'"):
         get("admm", rho_strat=3)
+    with pytest.raises(UnknownNameError, match="ramp of magnitude 'cubik': did you mean 'cubic'"):
+        get("magnitude", ramp="cubik")
     with pytest.raises(UnknownNameError, match=r"option of method admm 'foo': Known: every, .*updates"):
         start(Net(), plan_for("filter"), "admm", EXAMPLE, steps=STEPS, foo=3)
     for options, message in (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from espalier.errors import MethodError, UnknownNameError
 from espalier.methods.base import Method, Progress, State
-from espalier.methods.ramps import ramp
+from espalier.methods.ramps import RAMPS, ramp
 from espalier.methods.targets import FILTER, Lane, Target, freeze
 from espalier.sparsity import Frozen, at_density, ceiling
 
@@ -66,6 +66,8 @@ class Magnitude(Method):
     def __post_init__(self) -> None:
         if self.score not in SCORES:
             raise UnknownNameError("score of magnitude", self.score, SCORES)
+        if self.ramp is not None and self.ramp not in RAMPS:
+            raise UnknownNameError("ramp of magnitude", self.ramp, RAMPS)
 
     def begin(self, targets: list[Target], progress: Progress) -> State:
         state: State = {}

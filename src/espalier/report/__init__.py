@@ -2,18 +2,16 @@
 
 from espalier.report.bench import BenchReport
 from espalier.report.measure import SiteSize, Size, size, sizes
-from espalier.report.picture import Curve, curves, write_picture
+from espalier.report.picture import write_picture
 from espalier.report.screen import screen, tell
 from espalier.report.summary import FIGURES, achieved, latencies, print_summary
 
 __all__ = [
     "FIGURES",
     "BenchReport",
-    "Curve",
     "SiteSize",
     "Size",
     "achieved",
-    "curves",
     "latencies",
     "print_summary",
     "screen",

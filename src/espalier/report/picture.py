@@ -1,11 +1,10 @@
-"""Pictures of benchmarks as SVG, alone or in a page of their own: horizontal bars, and curves."""
+"""Pictures of benchmarks as SVG, alone or in a page of their own: horizontal bars."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from math import log
 from pathlib import Path
 
 from espalier.errors import DataError
@@ -53,60 +52,8 @@ def svg(panels: Sequence[tuple[str, Sequence[Bar]]]) -> str:
     return head + 'font-family="sans-serif" font-size="11">\n' + "\n".join(parts) + "\n</svg>\n"
 
 
-@dataclass(frozen=True)
-class Curve:
-    """label: what varies. points: (x, y), both above zero."""
-
-    label: str
-    points: Sequence[tuple[float, float]]
-
-
-def curves(panels: Sequence[tuple[str, Sequence[Curve]]], across: str, up: str) -> str:
-    """Panels of curves beside one another, both axes logarithmic; across, up: what the axes are.
-
-    >>> curves([("conv", [Curve("filter", [(0.1, 8.0), (1.0, 1.0)])])], "density", "speed-up").count("<polyline")
-    1
-    """
-    side, gap, names = 300, 70, 20 + 14 * max((len(c) for _, c in panels), default=0)
-    parts: list[str] = []
-    points = [p for _, series in panels for curve in series for p in curve.points]
-    spans = [(min(p[k] for p in points), max(p[k] for p in points)) for k in (0, 1)] if points else [(1, 2), (1, 2)]
-
-    def place(value: float, axis: int) -> float:
-        low, high = (log(v) for v in spans[axis])
-        return (log(value) - low) / max(1e-9, high - low) * side
-
-    for number, (title, series) in enumerate(panels):
-        left, top = 50 + number * (side + gap), 30
-        parts.append(f'<text x="{left}" y="{top - 10}" font-weight="bold">{escape(title)}</text>')
-        parts.append(f'<rect x="{left}" y="{top}" width="{side}" height="{side}" fill="none" stroke="#999"/>')
-        for axis in (0, 1):
-            for tick in _ticks(*spans[axis]):
-                at = place(tick, axis)
-                x, y, anchor = (
-                    (left + at, top + side + 14, "middle") if axis == 0 else (left - 4, top + side - at + 4, "end")
-                )
-                parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{tick:g}</text>')
-        parts.append(f'<text x="{left + side / 2}" y="{top + side + 30}" text-anchor="middle">{escape(across)}</text>')
-        for k, curve in enumerate(series):
-            colour = f"hsl({round(360 * k / max(1, len(series)))},65%,42%)"
-            line = " ".join(f"{left + place(x, 0):.1f},{top + side - place(y, 1):.1f}" for x, y in curve.points)
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-            y_name = top + side + 50 + 14 * k
-            parts.append(f'<text x="{left}" y="{y_name}" fill="{colour}">{escape(curve.label)}</text>')
-    width, height = 60 + len(panels) * (side + gap), 90 + side + names
-    parts.append(f'<text x="10" y="{height - 8}">vertical: {escape(up)}</text>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-    return head + 'font-family="sans-serif" font-size="11">\n' + "\n".join(parts) + "\n</svg>\n"
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    steps = [m * 10.0**e for e in range(-4, 6) for m in (1, 2, 5)]
-    return [step for step in steps if low <= step * 1.0001 and step <= high * 1.0001]
-
-
 def write_picture(path: str | Path, drawn: str) -> None:
-    """Write what `svg` or `curves` drew to a .svg or .html file.
+    """Write what `svg` drew to a .svg or .html file.
 
     Raises DataError for another ending, or where it cannot be written.
     """
