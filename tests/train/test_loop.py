@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
-import subprocess
-import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +18,7 @@ from espalier.errors import MissingExtraError, TrainingError, UnknownNameError
 from espalier.train import Data, Recipe, Split, build, evaluate, fit, load_data, recalibrate, seed_everything
 from espalier.train import team as team_module
 from espalier.train.recipe import OPTIMIZERS, SCHEDULES
+from tests.train.processes import ran
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -301,9 +299,7 @@ def test_two_processes_come_to_what_one_comes_to(simple: Data, tmp_path: Path) -
             """
         )
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(torchrun, cwd=tmp_path, env=environment, check=True, timeout=120, capture_output=True)
+    ran(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)], tmp_path)
     model = linear()
     history = quiet(model, simple, recipe)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from espalier.errors import DataError, TrainingError
 from espalier.methods import METHODS
 from espalier.train import Processes, Recipe, Team, fit, launch
+from tests.train.processes import ran
 from tests.train.together import data, every_method, network, together
 
 REPOSITORY = Path(__file__).parents[2]
@@ -21,9 +20,7 @@ REPOSITORY = Path(__file__).parents[2]
 def two(folder: Path, strategy: str, precision: str = "32-true", *more: str) -> list[dict[str, Any]]:
     arguments = [str(folder / "result"), strategy, "2", precision, *more]
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"] if more else []  # or Fabric's
-    command = [sys.executable, "-m", *launcher, "tests.train.together", *arguments]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ran(["-m", *launcher, "tests.train.together", *arguments], REPOSITORY)
     return [torch.load(folder / f"result.{rank}", weights_only=True) for rank in (0, 1)]
 
 

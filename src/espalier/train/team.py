@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -162,7 +163,15 @@ def launch(processes: Processes, precision: str = "32-true") -> Team:
         fabric.launch()
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise TrainingError(f"cannot train on {told}: {error}") from error
+    if fabric.world_size > 1:
+        atexit.register(_part)  # once is enough, more do no harm
     return Team(fabric, processes)
+
+
+def _part() -> None:
+    """Close the connections while Python still runs: gloo's threads may not outlive the interpreter."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _strategy(processes: Processes) -> Any:
