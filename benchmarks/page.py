@@ -62,7 +62,8 @@ def methods_resnet20(report: dict[str, Any]) -> str:
         found = {f: [v for key, v in cells.items() if key[:3] == (method, scheme, f)] for f in factors}
         made = [f"{mean(v['test'] for v in found[f]):.2f}" if found[f] else "open" for f in factors]
         rows.append([method, scheme, *made])
-    epochs = f"{report['epochs']} epochs each, {report['precision']}, Torch-Pruning {report['torch_pruning']}."
+    taught = f", {report['distill']:.0%} of the loss taught by the dense network" if report.get("distill") else ""
+    epochs = f"{report['epochs']} epochs each{taught}, {report['precision']}, Torch-Pruning {report['torch_pruning']}."
     headings = ["method", "scheme", *(f"{f}x fewer MACs" for f in factors)]
     return f"{epochs} Top-1 %:\n\n{table(headings, rows)}"
 

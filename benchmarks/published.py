@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from cells import options, run_cells
-from methods_resnet20 import plan_for, useful_macs
+from methods_resnet20 import SENSED, allocated, plan_for, useful_macs
 from pretrained import IMAGENET
 from training import Training
 
@@ -85,7 +85,10 @@ def work(cell: Cell, a: argparse.Namespace) -> dict[str, Any]:
     graph = es.capture(model, example)
     dense_macs = useful_macs(model, example)
     if row.of == "macs":
-        plan = plan_for(model, example, row.scheme, dense_macs / row.factor)
+        few = data.holdout.only(torch.arange(SENSED))
+        plan = plan_for(
+            model, example, dense_macs / row.factor, allocated(row.scheme, lambda: evaluate(model, few).loss)
+        )
     else:
         plan = es.uniform(graph, 1 / row.factor, row.scheme)
     shaping = max(1, a.epochs // 2)

@@ -88,6 +88,23 @@ def test_the_target_is_met(kind: str, target: float) -> None:
     assert got == pytest.approx(made.predicted, rel=0.15)  # groups are whole
 
 
+def test_a_sensitivity_serves_another_target() -> None:
+    torch.manual_seed(0)
+    model, x = Residual(), torch.randn(64, 3, 8, 8)
+    graph, loss, asked = capture(model, EXAMPLE), change(model, x), []
+
+    def counted() -> float:
+        asked.append(1)
+        return loss()
+
+    first = allocate(graph, loss, 0.3, kind="macs")
+    again = allocate(graph, counted, 0.5, kind="macs", sensitivity=first.sensitivity)
+    assert len(asked) == 1 and again == allocate(graph, loss, 0.5, kind="macs")
+    assert again.predicted > first.predicted
+    with pytest.raises(PlanError, match=r"does not know .*another network or scheme"):
+        allocate(graph, loss, 0.5, sensitivity={})
+
+
 def test_what_is_sensitive_is_spared() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))

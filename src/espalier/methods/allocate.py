@@ -58,6 +58,7 @@ def allocate(
     name: str = "filter+column",
     kind: str = "density",
     densities: Sequence[float] = DENSITIES,
+    sensitivity: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     **options: Any,
 ) -> Allocation:
     """The plan with scheme `name` that adds least loss, layer by layer, and costs at most `target`.
@@ -67,6 +68,9 @@ def allocate(
     weights), "weights", "macs" or "bytes" (flags, signs and magnitudes included); for these a target of at most 1 is a
     share of the dense network. Layers that cannot take the scheme and depthwise convs stay dense; those that make the
     network's outputs lose no filters.
+
+    sensitivity: that of an earlier allocation of this network in this scheme, for another target: nothing is measured
+    again.
 
     With kind "bytes" and "unify" in the scheme, every layer also gets the shape of its unified blocks out of `BLOCKS`
     and the share of them left alone out of `LEFT_ALONE`, or none of them, unless options say which.
@@ -103,7 +107,10 @@ def allocate(
         here = {s: fitting[s] for s in members}
         pruned = {s: found.without("unify") for s, found in here.items()}
         ladder = _ladder(list(pruned.values()), densities)
-        points = _convex([(d, added(_at(pruned, d))) for d in ladder.measured])
+        if sensitivity is None:
+            points = _convex([(d, added(_at(pruned, d))) for d in ladder.measured])
+        else:
+            points = _known(sensitivity, members[0])
         curves[members[0]] = tuple(points)
         choices.append(
             [
@@ -248,6 +255,12 @@ def _decisions(graph: Graph, sites: list[str]) -> list[tuple[str, ...]]:
 
 def _kept(chosen: Scheme | None) -> float:
     return 1.0 if chosen is None else chosen.density
+
+
+def _known(sensitivity: Mapping[str, Sequence[tuple[float, float]]], site: str) -> list[tuple[float, float]]:
+    if site not in sensitivity:
+        raise PlanError(f"the sensitivity does not know {site}: it is of another network or scheme; leave it out")
+    return list(sensitivity[site])
 
 
 def _convex(measured: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
