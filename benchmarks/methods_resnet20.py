@@ -32,7 +32,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import espalier as es
 from espalier.errors import EspalierError
 from espalier.methods import Allocation, get
-from espalier.train import Data, Recipe, build, evaluate, fit, load_data, load_weights, recalibrate, seed_everything
+from espalier.train import (
+    Data,
+    Recipe,
+    Split,
+    build,
+    evaluate,
+    fit,
+    load_data,
+    load_weights,
+    recalibrate,
+    seed_everything,
+)
 
 RESULTS = Path(__file__).parent / "results" / "methods_resnet20.json"
 NORM = ((0.5,) * 3, (0.5,) * 3)  # of the published weights
@@ -102,6 +113,11 @@ def plan_for(
     return best
 
 
+def few_of(data: Data) -> Split:
+    """Held-out images to read losses on."""
+    return data.holdout.only(torch.arange(min(SENSED, len(data.holdout))))
+
+
 def even(scheme: str) -> Callable[[es.Graph, float], es.Plan]:
     """For `plan_for`: all layers to one density."""
     return lambda graph, share: es.uniform(graph, share, scheme)
@@ -144,7 +160,7 @@ def ours(cell: Cell, model: nn.Module, example: Tensor, wanted: float, trainer: 
     if cell.method == "one-shot":
         make = even(cell.scheme)
     else:
-        few = trainer.data.holdout.only(torch.arange(SENSED))
+        few = few_of(trainer.data)
         make = allocated(cell.scheme, lambda: evaluate(model, few).loss)
     plan = plan_for(model, example, wanted, make)
     if cell.method not in METHODS:

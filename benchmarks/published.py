@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from cells import options, run_cells
-from methods_resnet20 import SENSED, allocated, plan_for, useful_macs
+from methods_resnet20 import allocated, few_of, plan_for, useful_macs
 from pretrained import IMAGENET
 from training import Training
 
@@ -85,7 +85,7 @@ def work(cell: Cell, a: argparse.Namespace) -> dict[str, Any]:
     graph = es.capture(model, example)
     dense_macs = useful_macs(model, example)
     if row.of == "macs":
-        few = data.holdout.only(torch.arange(SENSED))
+        few = few_of(data)
         plan = plan_for(
             model, example, dense_macs / row.factor, allocated(row.scheme, lambda: evaluate(model, few).loss)
         )

@@ -106,8 +106,10 @@ def test_ours_and_the_rivals_end_with_the_same_macs(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(grid, "load_weights", lambda *_: None)
     model, example = Narrow(), torch.zeros(1, 3, 32, 32)
     assert grid.macs(model, example) == grid.useful_macs(model, example)
-    assert {cell.method for cell in grid.CELLS} == {*grid.METHODS, *grid.RIVALS}
-    arguments = argparse.Namespace(data="", weights="", lr=0.01, precision="32-true", epochs=2)
-    for method, scheme in (("group_sl", "filter"), ("admm", "block_punched")):
+    assert {cell.method for cell in grid.CELLS} == {*grid.METHODS, *grid.RIVALS, "one-shot, allocated"}
+    recipe = {"lr": 0.01, "weight_decay": 1e-4, "distill": 0.5, "precision": "32-true", "epochs": 2}
+    arguments = argparse.Namespace(data="", weights="", **recipe)
+    ways = ("group_sl", "filter"), ("admm", "block_punched"), ("one-shot", "filter"), ("one-shot, allocated", "weight")
+    for method, scheme in ways:
         found = grid.work(grid.Cell(method, scheme, 4), arguments)
         assert 0.5 * found["dense_macs"] / 4 < found["macs"] <= 1.02 * found["dense_macs"] / 4, (method, found)
