@@ -175,7 +175,7 @@ def test_patterns_are_judged_as_the_patterns_they_are() -> None:
     made = allocate(capture(model, example), change(model, example), 0.95, "pattern+kernel")
     kept = sorted(1.0 if e.scheme is None else e.scheme.density for e in made.plan.entries)
     assert kept == [pytest.approx(4 / 9), 1.0]  # one of both suffices
-    assert [d for d, _ in made.sensitivity["0.weight"]][:2] == [1.0, pytest.approx(4 / 9)]
+    assert [at.density for at in made.sensitivity["0.weight"]][:2] == [1.0, pytest.approx(4 / 9)]
 
 
 class Odd(nn.Module):
