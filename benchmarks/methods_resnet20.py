@@ -53,7 +53,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {"ramp": ("magnitude", {"ramp":
 TORCH_PRUNING = ("group_norm", "group_sl")
 RIVALS = ("one-shot", *TORCH_PRUNING)
 STEPS = 400  # of Torch-Pruning on its way, as in its own benchmark
-SCHEMES = ("weight", "filter", "filter+column", "column", "pattern+kernel")
 SENSED = 500  # held-out images that the allocation reads its losses on
 
 
@@ -65,16 +64,17 @@ class Cell:
     seed: int = 0
 
 
-CELLS = [
-    *(Cell(method, "filter", factor) for factor in (4, 8, 16, 2) for method in TORCH_PRUNING),
-    *(Cell("ramp", "block_punched", factor) for factor in (4, 8, 16, 2)),
-    *(Cell("one-shot", "block_punched", factor) for factor in (4, 8, 16, 2)),
+FACTORS = (4, 8, 16, 2)
+CELLS = [  # what decides first
+    *(Cell("ramp", scheme, factor) for factor in FACTORS for scheme in ("block_punched", "weight")),
+    *(Cell("group_norm", "filter", factor) for factor in FACTORS),
+    *(Cell("one-shot", scheme, factor) for factor in FACTORS for scheme in ("block_punched", "weight")),
     *(Cell(method, "block_punched", 4) for method in METHODS if method != "ramp"),
-    *(Cell("ramp", scheme, 4) for scheme in SCHEMES),
-    *(Cell("ramp", "weight", factor) for factor in (8, 16, 2)),
-    *(Cell("one-shot", "filter", factor) for factor in (4, 8, 16, 2)),
+    *(Cell("group_sl", "filter", factor) for factor in FACTORS),
+    *(Cell("ramp", scheme, 4) for scheme in ("pattern+kernel", "filter+column", "column", "filter")),
+    *(Cell("one-shot, allocated", scheme, factor) for factor in FACTORS for scheme in ("block_punched", "weight")),
     *(Cell(method, "block_punched", factor) for factor in (8, 16, 2) for method in ("reweighted", "primal_proximal")),
-    *(Cell("one-shot, allocated", "block_punched", factor) for factor in (4, 8, 16, 2)),
+    *(Cell("one-shot", "filter", factor) for factor in FACTORS),
 ]
 
 
