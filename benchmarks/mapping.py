@@ -34,7 +34,7 @@ from training import Training
 import espalier as es
 from espalier.errors import EspalierError, PlanError
 from espalier.graph import shrink_graph
-from espalier.mapping import Here, LatencyModel, Log, Processes, best, check, mean_error, search, space_of
+from espalier.mapping import Here, LatencyModel, Log, Processes, Trial, check, final, mean_error, search, space_of
 from espalier.mapping.candidates import find
 from espalier.mapping.clock import engine_clock
 from espalier.mapping.damage import Damage
@@ -59,6 +59,7 @@ UNIFORM = {
 RULE, SEARCH, DENSE = "by rule", "by search", "dense"
 SHAPING = 2  # epochs, half of them where there are fewer than four; the rest retrain with the masks frozen
 LEAST = 0.01  # density of a uniform plan
+FINAL_EPOCHS = 2  # in which the best trials of the search meet again, on all images
 HELD_OUT = 1000  # images on which the rule reads how sensitive each layer is
 RIVALS = ("onnxruntime", "openvino")
 
@@ -151,19 +152,18 @@ def by_search(setting: Setting, speedup: float) -> es.Plan:
     recipe = dataclasses.replace(SHORT, precision=a.precision)
     file, folder = Path(a.out) / f"trials_{space.name}.jsonl", str(Path(a.data).resolve())
     score = OneShot("resnet20", "cifar10", str(Path(a.weights).resolve()), folder, 1, a.trial_images, recipe, NORM)
+    start = space.nearest(rule.plan.resolve(setting.graph.sites()), limit)
+
+    def told(trial: Trial) -> None:
+        print(f"  {trial.source} {trial.number}: {trial.accuracy:.2f} % at {trial.latency_ms:.4g} ms", flush=True)
+
     with Processes(a.workers) if a.workers > 1 else nullcontext(Here()) as where:
-        search(
-            space,
-            score,
-            file,
-            limit_ms=limit,
-            trials=a.trials,
-            start=space.nearest(rule.plan.resolve(setting.graph.sites()), limit),
-            workers=where,
-            seed=a.seed,
-            tell=lambda t: print(f"  trial {t.number}: {t.accuracy:.2f} % at {t.latency_ms:.4g} ms", flush=True),
-        )
-    return space.plan(best(space.timed(Log(file, space.name).trials), limit).picked)
+        search(space, score, file, limit_ms=limit, trials=a.trials, start=start, workers=where, seed=a.seed, tell=told)
+        tried = space.timed(Log(file, space.name).trials)
+        longer = dataclasses.replace(score, epochs=FINAL_EPOCHS, images=None)
+        finals = Path(a.out) / f"finals_{space.name}.jsonl"
+        taken = final(space, longer, finals, tried, limit_ms=limit, start=start, workers=where, tell=told)
+    return space.plan(taken.picked)
 
 
 def made_plans(setting: Setting, speedups: list[float], work: Workspace) -> dict[str, dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from espalier.mapping import (
     best,
     check,
     explain,
+    final,
     latency_model,
     mean_error,
     measure_sensitivity,
@@ -39,6 +41,7 @@ from espalier.mapping import (
 )
 from espalier.mapping.candidates import find
 from espalier.mapping.picture import draw_sensitivity, draw_trials
+from espalier.mapping.search import FINALISTS
 from espalier.planning import QUICK_IMAGES, SHORT, OneShot, on_split, print_proposal
 from espalier.report import screen, tell
 from espalier.sparsity import Plan
@@ -153,6 +156,8 @@ def search_command(
     sampler: Literal["policy", "tpe", "nsga2"] = "policy",
     epochs: int = 1,
     images: int | None = None,
+    finalists: int = FINALISTS,
+    final_epochs: int = 3,
     workers: int = 1,
     ray_address: str = "",
     threads: int = 1,
@@ -173,6 +178,8 @@ def search_command(
         sampler: policy (policy gradient with the target in its reward), tpe or nsga2 (optuna, for the whole front)
         epochs: of retraining in a trial
         images: of the training set that a trial uses; default: all
+        finalists: how many of the best trials, and the rule's plan, are retrained for longer before one is taken
+        final_epochs: of their retraining, on the whole training set
         workers: processes on this machine
         ray_address: of a Ray cluster to run trials on instead: host:port, auto or local
         threads: that the latency is meant for
@@ -200,15 +207,21 @@ def search_command(
     root = None if data_root is None else str(Path(data_root).resolve())
     score = OneShot(model, data, weights and str(Path(weights).resolve()), root, epochs, images, recipe or SHORT)
     folder = Path(out)
-    file = folder / "trials.jsonl"
+    file, told = folder / "trials.jsonl", _trial_teller(console)
     with _workers(workers, ray_address) as where:
         shared: dict[str, Any] = {"trials": trials, "start": start, "workers": where, "seed": seed}
         if sampler == "policy":
-            search(space, score, file, limit_ms=limit, tell=_trial_teller(console), **shared)
+            search(space, score, file, limit_ms=limit, tell=told, **shared)
         else:
-            study(space, score, file, sampler=sampler, tell=_trial_teller(console), **shared)
-    known = space.timed(Log(file, space.name).trials)
-    taken = best(known, limit)
+            study(space, score, file, sampler=sampler, tell=told, **shared)
+        known = space.timed(Log(file, space.name).trials)
+        taken = best(known, limit)
+        if finalists:
+            longer, finals = replace(score, epochs=final_epochs, images=None), folder / "finals.jsonl"
+            tell(console, f"the {finalists} best, and the rule's plan, are retrained for {final_epochs} epochs")
+            taken = final(
+                space, longer, finals, known, limit_ms=limit, start=start, count=finalists, workers=where, tell=told
+            )
     _save(space.plan(taken.picked), folder / "plan.toml")
     drawn = _drawn(lambda: draw_trials(known, folder / "front.png", f"{model}: the front of {len(known)} trials"))
     tell(

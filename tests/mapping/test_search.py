@@ -16,7 +16,20 @@ import torch
 
 import espalier as es
 from espalier.errors import DataError, MissingExtraError, TrainingError, UnknownNameError
-from espalier.mapping import Cluster, Here, LatencyModel, Log, Processes, Space, best, front, search, space_of, study
+from espalier.mapping import (
+    Cluster,
+    Here,
+    LatencyModel,
+    Log,
+    Processes,
+    Space,
+    best,
+    final,
+    front,
+    search,
+    space_of,
+    study,
+)
 from espalier.mapping.latency import Curve
 from espalier.mapping.layers import layers
 from espalier.mapping.picture import draw_front
@@ -63,6 +76,30 @@ def test_it_is_at_least_as_good_as_where_it_starts(tmp_path: Path) -> None:
     start = (2, 2, 2, 0, 0, 0)
     found = search(toy(), Table(), tmp_path / "t.jsonl", limit_ms=4.25, trials=3, start=start)
     assert found.picked == start and Log(tmp_path / "t.jsonl", toy().name).trials[0].number == 0
+
+
+def test_the_finalists_meet_again_under_a_better_score(tmp_path: Path) -> None:
+    space, asked = toy(), []
+    tried = [
+        es.mapping.Trial("policy", "r", k, picked, accuracy, space.latency_ms(picked))
+        for k, (picked, accuracy) in enumerate(
+            [((2, 2, 2, 0, 0, 0), 80.0), ((2, 2, 2, 0, 1, 0), 90.0), ((0,) * 6, 95.0), ((2, 2, 2, 1, 1, 1), 70.0)]
+        )
+    ]
+
+    def score(plan: es.Plan) -> float:
+        asked.append(plan)
+        return Table()(plan) - (5 if len(asked) == 1 else 0)  # the start does badly
+
+    def found(count: int) -> es.mapping.Trial:
+        start = (2, 2, 1, 1, 0, 0)
+        return final(space, score, tmp_path / "f.jsonl", tried, limit_ms=4.25, start=start, count=count)
+
+    first = found(2)
+    assert len(asked) == 3 and first.picked == tried[0].picked and first.accuracy == Table()(space.plan(first.picked))
+    assert found(2) == first and len(asked) == 3  # those that were scored are not scored again
+    assert found(3).picked == first.picked and len(asked) == 4
+    assert final(space, score, tmp_path / "g.jsonl", tried[2:3], limit_ms=4.25).picked == tried[2].picked
 
 
 def test_a_plan_becomes_a_choice_that_keeps_to_the_limit() -> None:

@@ -225,6 +225,6 @@ def test_what_cannot_be_is_said() -> None:
         with pytest.raises(PlanError, match="above 0"):
             allocate(graph, lambda: 0.0, wrong)
     with pytest.raises(PlanError, match="cannot be reached"):
-        allocate(graph, lambda: 0.0, 0.001)
+        allocate(graph, lambda: 0.0, 1e-5)
     with pytest.raises(UnknownNameError, match="Known"):
         allocate(graph, lambda: 0.0, 0.5, kind="flops")

@@ -5,7 +5,7 @@ from espalier.mapping.everywhere import uniform
 from espalier.mapping.latency import LatencyModel, check, latency_model, mean_error
 from espalier.mapping.proposal import Proposal, plan, propose
 from espalier.mapping.rules import explain
-from espalier.mapping.search import search, study
+from espalier.mapping.search import final, search, study
 from espalier.mapping.sensitivity import Sensitivity, measure_sensitivity, scored
 from espalier.mapping.space import Space, space_of
 from espalier.mapping.targets import Targets
@@ -27,6 +27,7 @@ __all__ = [
     "best",
     "check",
     "explain",
+    "final",
     "front",
     "latency_model",
     "mean_error",

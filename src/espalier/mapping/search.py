@@ -22,12 +22,13 @@ import torch
 from espalier.errors import MissingExtraError, UnknownNameError
 from espalier.mapping.policy import Policy
 from espalier.mapping.space import Space
-from espalier.mapping.trials import Log, Trial, best
+from espalier.mapping.trials import Log, Trial, best, ranked
 from espalier.mapping.workers import Here, Workers
 from espalier.sparsity import Plan
 
 PRICE = 1.0  # points of accuracy for every per cent of latency above the target
 POPULATION = 8
+FINALISTS = 4
 _PRIME = 1_000_003
 
 Score = Callable[[Plan], float]
@@ -89,6 +90,40 @@ def search(
             tell(trial)
         _learn(policy, [done[n] for n in numbers], [*known, *(done[n] for n in range(first))], limit_ms, price)
     return best(space.timed(log.trials), limit_ms, price)
+
+
+def final(
+    space: Space,
+    score: Score,
+    file: str | Path,
+    tried: Sequence[Trial],
+    *,
+    limit_ms: float,
+    start: Sequence[int] | None = None,
+    count: int = FINALISTS,
+    workers: Workers | None = None,
+    price: float = PRICE,
+    tell: Callable[[Trial], None] = lambda _: None,
+) -> Trial:
+    """The best of the `count` best trials and of `start`, scored once more.
+
+    A trial retrains briefly, and its score says little about small differences: the most promising ones meet again
+    under a `score` that trains for longer. Their scores stand in `file`, another than that of the search; those that
+    are there already are not made again. Our reading.
+
+    >>> found = final(space, longer, "finals.jsonl", space.timed(Log("trials.jsonl", space.name).trials), limit_ms=2.0)
+    """
+    log = Log(file, space.name)
+    known = {t.picked: t for t in space.timed(log.trials)}
+    hopeful = [tuple(start)] if start is not None else []
+    hopeful += [t.picked for t in ranked(tried, limit_ms, price)]
+    chosen = list(dict.fromkeys(hopeful))[: count + (start is not None)]
+    wanted = [(len(known) + k, picked) for k, picked in enumerate(p for p in chosen if p not in known)]
+    for trial in _tried(space, score, wanted, "final", "final", workers or Here()):
+        log.add(trial)
+        known[trial.picked] = trial
+        tell(trial)
+    return best([known[picked] for picked in chosen], limit_ms, price)
 
 
 def study(

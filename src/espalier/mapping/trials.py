@@ -88,13 +88,22 @@ class Log:
                 raise DataError(f"{self.path}, line {number + 1}: is no trial: {error}") from None
 
 
+def ranked(trials: Iterable[Trial], limit_ms: float, price: float = 1.0) -> list[Trial]:
+    """For a latency the trials that keep to it, the most accurate first; then the others by reward."""
+
+    def key(trial: Trial) -> tuple[bool, float]:
+        within = trial.latency_ms <= limit_ms
+        return not within, -(trial.accuracy if within else trial.reward(limit_ms, price))
+
+    return sorted(trials, key=key)
+
+
 def best(trials: Iterable[Trial], limit_ms: float, price: float = 1.0) -> Trial:
     """The trial to take for a latency: the most accurate that keeps to it, else the one of highest reward."""
-    held = list(trials)
+    held = ranked(trials, limit_ms, price)
     if not held:
         raise DataError("there is no trial to choose from: search first")
-    within = [t for t in held if t.latency_ms <= limit_ms]
-    return max(within, key=lambda t: t.accuracy) if within else max(held, key=lambda t: t.reward(limit_ms, price))
+    return held[0]
 
 
 def front(trials: Sequence[Trial]) -> list[Trial]:

@@ -28,6 +28,7 @@ from espalier.methods.templates import Template, templates
 from espalier.sparsity import Entry, Plan, Scheme, size_bytes, unfit
 
 DENSITIES = (0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.06, 0.03)
+LOWEST = 1e-3
 LEVELS = 96  # between density 1 and the lowest that was measured
 BLOCKS = ((1, 4), (1, 8), (2, 4), (4, 4))  # rows x columns of unified blocks that are tried
 LEFT_ALONE = (0.5, 0.0)  # the shares of them that are tried
@@ -72,14 +73,15 @@ def allocate(
     target: float,
     name: str = "filter+column",
     kind: str = "density",
-    densities: Sequence[float] = DENSITIES,
+    densities: Sequence[float] | None = None,
     sensitivity: Sensitivity | None = None,
     **options: Any,
 ) -> Allocation:
     """The plan with scheme `name` that adds least loss, layer by layer, and costs at most `target`.
 
     graph: of the network as it is; its weights are put back after each trial. loss: held-out loss of the network as
-    it is; a few batches will do (it is called about ``len(densities)`` times a layer). kind: "density" (share of all
+    it is; a few batches will do (it is called about ``len(densities)`` times a layer). densities: that are measured;
+    default: `DENSITIES`, and on to a quarter of the target. kind: "density" (share of all
     weights), "weights", "macs" or "bytes" (flags, signs and magnitudes included); for these a target of at most 1 is a
     share of the dense network. Layers that cannot take the scheme and depthwise convs stay dense; those that make the
     network's outputs lose no filters.
@@ -109,13 +111,14 @@ def allocate(
     dense = {site: COSTS[kind](facts, None) for site, facts in sites.items()}
     total = sum(dense.values())
     wanted = target * total if kind == "density" or target <= 1 else target
+    measured = _down_to(wanted / total / 4) if densities is None else densities
     base = loss()
     if not math.isfinite(base):
         raise MethodError(f"the network's held-out loss is {base}: nothing can be measured on it. Train it first")
 
     decisions = {members[0]: members for members in _decisions(graph, list(fitting))}
     pruned = {s: found.without("unify") for s, found in fitting.items()}
-    ladders = {first: _ladder([pruned[s] for s in members], densities) for first, members in decisions.items()}
+    ladders = {first: _ladder([pruned[s] for s in members], measured) for first, members in decisions.items()}
     curves = {
         first: _known(sensitivity, first)
         if sensitivity is not None
@@ -177,6 +180,14 @@ def _ladder(here: Sequence[Template], densities: Sequence[float]) -> _Ladder:
         return _Ladder([top], [1.0, top]) if top < 1 else _Ladder([], [1.0])
     levels = [top * (below[-1] / top) ** (k / (LEVELS - 1)) for k in range(LEVELS)]
     return _Ladder([top, *below], [1.0, *levels]) if top < 1 else _Ladder(below, levels)
+
+
+def _down_to(density: float) -> list[float]:
+    """The usual densities, and below them each half the one before."""
+    found = list(DENSITIES)
+    while found[-1] > max(density, LOWEST):
+        found.append(found[-1] / 2)
+    return found
 
 
 def _sensed(
