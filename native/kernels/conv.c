@@ -9,7 +9,9 @@
 #include "planes.h"
 #include "simd.h"
 
-enum { GROUP_FLOATS = 64 * 1024 }; /* of weights that are read again for every tile: a part of the second cache */
+/* Of a group of blocks: weights, which are read again for every tile, a third of the nearest cache; and rows, where each
+ * is written to a plane of its own: so few streams that prefetchers follow them. */
+enum { GROUP_FLOATS = 4096, GROUP_ROWS = 16 };
 
 /* What a tile needs; the same for all tiles of a block. */
 typedef struct {
@@ -230,8 +232,8 @@ static void zero_margins(const esp_step *s, const cut *c, float *out, int64_t ro
             zero_margin(s, out, row, y);
 }
 
-/* Blocks first..upto at units begin..end, in tiles of nearly equal width. All blocks at one tile before the next: what
- * the tile reads stays in the nearest cache, while the weights, which are read in order, come from the second. */
+/* Blocks first..upto at units begin..end, in tiles of nearly equal width. All blocks at one tile before the next, and
+ * all tiles before the next group: its weights stay in the nearest cache, what tiles read comes from the second. */
 static void run_blocks(const block *b, int64_t first, int64_t upto, const tile_function *tiles, int M, int widest,
     const cut *c, int64_t begin, int64_t end)
 {
@@ -251,10 +253,11 @@ static void run_blocks(const block *b, int64_t first, int64_t upto, const tile_f
         if (s->rows[r] >= 0) zero_margins(s, c, b->out, s->rows[r], begin, end);
 }
 
-/* Behind block `first`, at most `limit`: as many blocks as leave room in the second cache for what they read. */
+/* Behind block `first`, at most `limit`: where its group ends. */
 static int64_t group_end(const esp_step *s, int64_t first, int64_t limit, int64_t height)
 {
     int64_t upto = first + 1;
+    if (!by_rows(&s->out) && first + GROUP_ROWS / height < limit) limit = first + GROUP_ROWS / height;
     while (upto < limit && (s->starts[upto + 1] - s->starts[first]) * height <= GROUP_FLOATS) upto++;
     return upto;
 }
