@@ -296,7 +296,7 @@ static cut cut_of(const esp_step *s, int parts)
     const int64_t units = p[CONV_SEGMENTS] * per_segment, blocks = s->starts_count - 1;
     const int64_t wanted = p[CONV_SEGMENTS] == 1 ? divide_up(p[CONV_CHUNK], ESP_WIDTH)
                                                  : (1 + p[CONV_CHUNK] / length) * per_segment;
-    const int64_t bands = bands_of(s, units, parts);
+    const int64_t bands = s->bands ? parts : bands_of(s, units, parts);
     int64_t chunks = (units + bands * wanted / 2) / (bands * wanted); /* of a band: about as many as are wanted */
     chunks = bands * (chunks < 1 ? 1 : chunks < MOST_CHUNKS ? chunks : MOST_CHUNKS);
     const bool whole = p[CONV_SEGMENTS] == s->out.size[2] && length == s->out.size[3] &&
@@ -309,9 +309,9 @@ static cut cut_of(const esp_step *s, int parts)
 
 /* Which part of the sequence of chunks, counted in their cost, is a thread's: its band, where bands are about equal. Else
  * an equal share, which leaves the ends of bands to two threads. */
-static void share_chunks(const cut *c, int part, int parts, int64_t *begin, int64_t *end)
+static void share_chunks(const cut *c, bool bands, int part, int parts, int64_t *begin, int64_t *end)
 {
-    if (c->chunks % parts == 0 && divide_up(c->units, parts) * parts * 8 <= c->units * 9) {
+    if (c->chunks % parts == 0 && (bands || divide_up(c->units, parts) * parts * 8 <= c->units * 9)) {
         const int64_t each = c->chunks / parts;
         *begin = c->units * (each * part) / c->chunks * c->cost;
         *end = c->units * (each * (part + 1)) / c->chunks * c->cost;
@@ -341,7 +341,7 @@ static void run(const esp_step *s, const esp_frame *f, int part, int parts, cons
     const int64_t height = s->param[CONV_HEIGHT];
     const cut c = cut_of(s, parts);
     int64_t begin, end;
-    share_chunks(&c, part, parts, &begin, &end);
+    share_chunks(&c, s->bands, part, parts, &begin, &end);
     block b = {s, esp_source(&s->a, f), esp_target(&s->out, f), NULL, NULL, NULL, NULL, 0, height};
     if (s->b.space) b.residual = esp_source(&s->b, f);
     for (int64_t k = 0; k < c.chunks; k++) {
