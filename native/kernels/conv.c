@@ -9,7 +9,9 @@
 #include "planes.h"
 #include "simd.h"
 
-enum { GROUP_FLOATS = 64 * 1024 }; /* of weights that are read again for every tile: a part of the second cache */
+/* Of a group of blocks: weights, which are read again for every tile, a third of the nearest cache; and rows, where each
+ * is written to a plane of its own: so few streams that prefetchers follow them. */
+enum { GROUP_FLOATS = 4096, GROUP_ROWS = 16 };
 
 /* What a tile needs; the same for all tiles of a block. */
 typedef struct {
@@ -230,8 +232,8 @@ static void zero_margins(const esp_step *s, const cut *c, float *out, int64_t ro
             zero_margin(s, out, row, y);
 }
 
-/* Blocks first..upto at units begin..end, in tiles of nearly equal width. All blocks at one tile before the next: what
- * the tile reads stays in the nearest cache, while the weights, which are read in order, come from the second. */
+/* Blocks first..upto at units begin..end, in tiles of nearly equal width. All blocks at one tile before the next, and
+ * all tiles before the next group: its weights stay in the nearest cache, what tiles read comes from the second. */
 static void run_blocks(const block *b, int64_t first, int64_t upto, const tile_function *tiles, int M, int widest,
     const cut *c, int64_t begin, int64_t end)
 {
@@ -251,10 +253,11 @@ static void run_blocks(const block *b, int64_t first, int64_t upto, const tile_f
         if (s->rows[r] >= 0) zero_margins(s, c, b->out, s->rows[r], begin, end);
 }
 
-/* Behind block `first`, at most `limit`: as many blocks as leave room in the second cache for what they read. */
+/* Behind block `first`, at most `limit`: where its group ends. */
 static int64_t group_end(const esp_step *s, int64_t first, int64_t limit, int64_t height)
 {
     int64_t upto = first + 1;
+    if (!by_rows(&s->out) && first + GROUP_ROWS / height < limit) limit = first + GROUP_ROWS / height;
     while (upto < limit && (s->starts[upto + 1] - s->starts[first]) * height <= GROUP_FLOATS) upto++;
     return upto;
 }
@@ -293,7 +296,7 @@ static cut cut_of(const esp_step *s, int parts)
     const int64_t units = p[CONV_SEGMENTS] * per_segment, blocks = s->starts_count - 1;
     const int64_t wanted = p[CONV_SEGMENTS] == 1 ? divide_up(p[CONV_CHUNK], ESP_WIDTH)
                                                  : (1 + p[CONV_CHUNK] / length) * per_segment;
-    const int64_t bands = bands_of(s, units, parts);
+    const int64_t bands = s->bands ? parts : bands_of(s, units, parts);
     int64_t chunks = (units + bands * wanted / 2) / (bands * wanted); /* of a band: about as many as are wanted */
     chunks = bands * (chunks < 1 ? 1 : chunks < MOST_CHUNKS ? chunks : MOST_CHUNKS);
     const bool whole = p[CONV_SEGMENTS] == s->out.size[2] && length == s->out.size[3] &&
@@ -306,9 +309,9 @@ static cut cut_of(const esp_step *s, int parts)
 
 /* Which part of the sequence of chunks, counted in their cost, is a thread's: its band, where bands are about equal. Else
  * an equal share, which leaves the ends of bands to two threads. */
-static void share_chunks(const cut *c, int part, int parts, int64_t *begin, int64_t *end)
+static void share_chunks(const cut *c, bool bands, int part, int parts, int64_t *begin, int64_t *end)
 {
-    if (c->chunks % parts == 0 && divide_up(c->units, parts) * parts * 8 <= c->units * 9) {
+    if (c->chunks % parts == 0 && (bands || divide_up(c->units, parts) * parts * 8 <= c->units * 9)) {
         const int64_t each = c->chunks / parts;
         *begin = c->units * (each * part) / c->chunks * c->cost;
         *end = c->units * (each * (part + 1)) / c->chunks * c->cost;
@@ -338,7 +341,7 @@ static void run(const esp_step *s, const esp_frame *f, int part, int parts, cons
     const int64_t height = s->param[CONV_HEIGHT];
     const cut c = cut_of(s, parts);
     int64_t begin, end;
-    share_chunks(&c, part, parts, &begin, &end);
+    share_chunks(&c, s->bands, part, parts, &begin, &end);
     block b = {s, esp_source(&s->a, f), esp_target(&s->out, f), NULL, NULL, NULL, NULL, 0, height};
     if (s->b.space) b.residual = esp_source(&s->b, f);
     for (int64_t k = 0; k < c.chunks; k++) {

@@ -5,6 +5,7 @@
  * a cache, which they share out by weights, so that a wave reads them once. Kernels give the same bits either way. */
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 #include "dispatch.h"
@@ -27,7 +28,7 @@ struct esp_context {
     void **rooms;  /* as they were allocated */
     float **arena; /* in them: aligned, with slack before and behind */
     void **own;    /* each thread's scratch */
-    double *step_ms;
+    double *step_ms; /* each thread's, of every step */
     int profile;
     atomic_flag busy;
     int64_t batch; /* of the run in progress */
@@ -170,7 +171,7 @@ int esp_context_create(
     c->program = program;
     c->threads = threads;
     atomic_flag_clear(&c->busy);
-    c->step_ms = calloc((size_t)program->steps_count + 1, sizeof *c->step_ms);
+    c->step_ms = calloc((size_t)threads * (size_t)program->steps_count + 1, sizeof *c->step_ms);
     if (!c->step_ms || !make_arenas(c) || !make_scratch(c)) {
         esp_context_free(c);
         return esp_fail(message, capacity, ESP_NO_MEMORY, "out of memory for a workspace of %lld bytes",
@@ -199,22 +200,31 @@ static esp_frame frame_of(const esp_context *c, int arena, int part, int64_t sam
         p->elements + p->inputs_count, sample};
 }
 
+/* Steps first..upto of one task, or of one band of it, timed into `step_ms` if that is not NULL. */
+static void run_task(const esp_step *steps, const esp_frame *frame, int32_t first, int32_t upto, int band, int bands,
+    double *step_ms)
+{
+    for (int32_t i = first; i < upto; i++) {
+        const double start = step_ms ? now_ms() : 0;
+        steps[i].kernel(&steps[i], frame, band, bands);
+        if (step_ms) step_ms[i] += now_ms() - start;
+    }
+}
+
 /* The tasks of steps first..upto, which threads share out by their work, each all of its own. */
 static void run_tasks(esp_context *c, const esp_frame *frame, int32_t first, int32_t upto, int part, int parts)
 {
     const esp_step *steps = c->program->steps;
-    double whole = 0, before = 0;
+    double whole = 0, before = 0, *step_ms = c->profile ? c->step_ms + (int64_t)part * c->program->steps_count : NULL;
     for (int32_t i = first; i < upto; i++) whole += (double)steps[i].work;
     for (int32_t i = first, next; i < upto; i = next) {
         double work = 0;
         for (next = i; next < upto && steps[next].task == steps[i].task; next++) work += (double)steps[next].work;
-        const int owner = whole > 0 ? (int)((before + work / 2) * parts / whole) : 0;
-        before += work;
-        if ((owner < parts ? owner : parts - 1) != part) continue;
-        for (int32_t k = i; k < next; k++) {
-            const double start = c->profile ? now_ms() : 0;
-            steps[k].kernel(&steps[k], frame, 0, 1);
-            if (c->profile) c->step_ms[k] += (now_ms() - start) / parts; /* others run beside it */
+        const int bands = steps[i].bands ? steps[i].bands : 1;
+        work /= bands;
+        for (int band = 0; band < bands; band++, before += work) {
+            const int owner = whole > 0 ? (int)((before + work / 2) * parts / whole) : 0;
+            if ((owner < parts ? owner : parts - 1) == part) run_task(steps, frame, i, next, band, bands, step_ms);
         }
     }
 }
@@ -265,7 +275,10 @@ static void run_wave(esp_context *c, int part, int64_t begin, int count)
         for (next = first; next < p->steps_count && !heavy(&p->steps[next]); next++) continue;
         for (int k = part; k < count; k += c->threads) {
             const esp_frame frame = frame_of(c, k, part, begin + k);
-            for (int32_t i = first; i < next; i++) p->steps[i].kernel(&p->steps[i], &frame, 0, 1);
+            for (int32_t i = first, upto; i < next; i = upto) {
+                upto = p->steps[i].upto > i && p->steps[i].upto <= next ? p->steps[i].upto : i + 1;
+                run_tasks(c, &frame, i, upto, 0, 1);
+            }
         }
         if (next == p->steps_count) break;
         esp_team_meet(c->team);
@@ -312,12 +325,16 @@ int esp_profile(esp_context *c, int on)
     if (!c) return ESP_BAD_ARGUMENT;
     if (atomic_flag_test_and_set(&c->busy)) return ESP_BUSY;
     c->profile = on != 0;
-    for (int32_t i = 0; i < c->program->steps_count; i++) c->step_ms[i] = 0;
+    memset(c->step_ms, 0, (size_t)c->threads * (size_t)c->program->steps_count * sizeof *c->step_ms);
     atomic_flag_clear(&c->busy);
     return ESP_OK;
 }
 
 double esp_step_ms(const esp_context *c, int32_t i)
 {
-    return c && i >= 0 && i < c->program->steps_count ? c->step_ms[i] : 0;
+    if (!c || !step_at(c->program, i)) return 0;
+    const esp_step *s = &c->program->steps[i];
+    double sum = 0;
+    for (int part = 0; part < c->threads; part++) sum += c->step_ms[(int64_t)part * c->program->steps_count + i];
+    return s->task && s->parallel ? sum / c->threads : sum; /* others ran beside it */
 }

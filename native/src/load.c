@@ -15,7 +15,7 @@
 #include "pages.h"
 #include "program.h"
 
-enum { HEADER_SIZE = 128, TENSOR_WORDS = 11, MAX_TABLE = 1 << 20, WORK_WORTH_THREADS = 8192 };
+enum { HEADER_SIZE = 128, TENSOR_WORDS = 11, MAX_TABLE = 1 << 20, MAX_BANDS = 1024, WORK_WORTH_THREADS = 8192 };
 static const int64_t MAX_FLOATS = (int64_t)1 << 38;
 
 typedef struct {
@@ -155,6 +155,10 @@ static void read_step(reader *r, const uint8_t *p, esp_step *s)
     const int64_t task = word(p + 8 * (53 + ESP_PARAMS));
     if (task < 0 || task > MAX_TABLE) r->problem = "a task has an impossible number";
     s->task = (int32_t)task;
+    const int64_t bands = word(p + 8 * (54 + ESP_PARAMS));
+    if (bands < 0 || bands > MAX_BANDS || (bands && (!task || op != ESP_CONV)))
+        r->problem = "bands that are too many, or of what is no task of a conv";
+    s->bands = (int32_t)bands;
 }
 
 /* Counts, sizes and places of the two tables. */
@@ -227,7 +231,7 @@ static void find_tasks(esp_program *p)
             if (__builtin_add_overflow(work, p->steps[upto].work, &work)) work = INT64_MAX;
         }
         p->steps[i].upto = upto;
-        p->steps[i].parallel = work > WORK_WORTH_THREADS;
+        for (int32_t k = i; k < upto; k++) p->steps[k].parallel = work > WORK_WORTH_THREADS;
     }
 }
 

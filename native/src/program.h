@@ -138,6 +138,7 @@ struct esp_step {
     int64_t work;     /* roughly, in multiply-adds or moves */
     int32_t parallel; /* worth more than one thread */
     int32_t task;     /* 0, or: steps of one number are done by one thread, numbers that follow each other at once */
+    int32_t bands;    /* 0, or: the task is as many, each a band of the pixels of every step of it */
     int32_t upto;     /* of the first step of such numbers: behind the last; else 0 */
 };
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from espalier.compiler import depth_first, emit_winograd
+from espalier.compiler import bands, depth_first, emit_winograd
 from espalier.compiler.lower import lower
 from espalier.compiler.program import STEP_OPS
 from espalier.graph.capture import capture
@@ -101,11 +101,18 @@ def narrow(stride: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def bottlenecks(density: float) -> nn.Sequential:
+    """1 x 1 windows that go by bands, between 3 x 3 windows that want margins."""
+    widths = [(16, 33, 1), (33, 16, 1), (16, 9, 3), (9, 40, 1), (40, 16, 1)]
+    return sparse(nn.Sequential(*[nn.Conv2d(i, o, k, padding=k // 2) for i, o, k in widths]), density)
+
+
 NETWORKS = {
     "everything": (Everything, (3, 13, 12)),
     "sparse": (lambda: sparse(nn.Sequential(nn.Conv2d(8, 37, 3, padding=1), nn.Conv2d(37, 5, 1)), 0.2), (8, 15, 17)),
     "windows": (windows, (4, 43, 57)),
     "groups": (lambda: inverted(44, 2), (4, 30, 31)),
+    "bands": (lambda: bottlenecks(0.3), (16, 31, 29)),
     "strided": (strided, (3, 33, 31)),
     "pools": (Pools, (3, 19, 43)),
     "winograd": (lambda: nn.Sequential(nn.Conv2d(33, 40, 3, padding=1), nn.Conv2d(40, 35, 3, padding=1)), (33, 21, 18)),
@@ -122,6 +129,7 @@ NETWORKS = {
 def programs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder, paths = tmp_path_factory.mktemp("programs"), []
     patch = pytest.MonkeyPatch()
+    patch.setattr(bands, "LARGE_FLOATS", 10_000)
     patch.setattr(depth_first, "LARGE_BYTES", 100_000)
     patch.setattr(depth_first, "GROUP_BYTES", 60_000)
     patch.setattr(emit_winograd, "_BAND_FLOATS", 36 * 64 * 15)

@@ -48,6 +48,17 @@ def test_many_zeros_stay_with_the_row_blocks(check_network, kept, steps) -> None
     assert [row.op for row in executable.describe()].count("winograd_in") == steps
 
 
+@pytest.mark.parametrize(("density", "steps"), [(0.1, 0), (0.3, 1)])
+def test_single_weights_stay_with_the_row_blocks_while_few(density, steps, monkeypatch) -> None:
+    """Measured at 256 channels of 14 x 14 pixels: 0.8 ms by Winograd's algorithm, at density 0.3 1.3 in rows."""
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    conv = nn.Conv2d(256, 256, 3, padding=1).requires_grad_(False)
+    conv.weight *= torch.rand(conv.weight.shape) < density
+    executable = compile(conv, torch.randn(1, 256, 14, 14), threads=1)
+    assert [row.op for row in executable.describe()].count("winograd_in") == steps
+
+
 def test_numbers_behind_the_image_do_not_matter() -> None:
     """What lies behind an edge that no tile ends at is never part of a sum, be it infinite."""
     torch.manual_seed(0)

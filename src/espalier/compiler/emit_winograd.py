@@ -32,6 +32,7 @@ _BAND_FLOATS = 512 * 1024  # between the steps of a band: so many stay in the se
 # Multiply-adds of 32 rows and columns take one cycle. A transform of 16 tiles takes about so many; a weight that comes
 # from memory and not from the second cache takes as long as so many multiply-adds.
 _TRANSFORM_CYCLES, _STREAMED_WEIGHT, _CACHED_WEIGHTS = 150.0, 24.0, 1 << 18
+_ROW_BLOCK_CYCLES = 0.9  # that so many multiply-adds in row-blocks take beside these
 
 
 def tiles(size: int) -> int:
@@ -56,7 +57,7 @@ def pays(node: Node, w: np.ndarray, height: int, width: int, work: float) -> boo
     weights = _POINTS * rows * columns
     products = weights / 32 * max(down * across, _STREAMED_WEIGHT if weights > _CACHED_WEIGHTS else 0)
     transforms = (rows + columns) * down * -(-across // 16) * _TRANSFORM_CYCLES
-    return products + transforms < 0.8 * work * direct
+    return products + transforms < _ROW_BLOCK_CYCLES * work * direct
 
 
 def winograd(e: Emitter, node: Node, w: np.ndarray, out: Place, bias: np.ndarray | None, residual: Operand) -> None:

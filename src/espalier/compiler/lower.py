@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from espalier.compiler.bands import lives, through_bands
 from espalier.compiler.depth_first import depth_first
 from espalier.compiler.emit import Emitter
 from espalier.compiler.fuse import fold_constants, fuse
@@ -179,13 +180,14 @@ def _program(graph: Graph, batch: int) -> Program:
 def _in_arena(e: Emitter) -> tuple[tuple[Step, ...], int, int]:
     """Steps whose operands lie in one arena or the scratch, and the sizes of both in bytes."""
     e.steps, own = _tasks(e.steps)
+    e.steps = through_bands(e.steps)
     renamed = in_place(e.steps, {name: s.size_bytes for name, s in e.storages.items()})
     e.steps = [_with_storages(step, renamed) for step in e.steps]
     alive: dict[str, tuple[int, int]] = {}
-    for number, step in enumerate(e.steps):
+    for step, (first, last) in zip(e.steps, lives(e.steps)):
         for name in _storages(step):
             if name not in own:
-                alive[name] = (alive.get(name, (number, number))[0], number)
+                alive[name] = (alive.get(name, (first, last))[0], last)
     arena = allocate([Interval(n, e.storages[n].size_bytes, a, b) for n, (a, b) in alive.items()])
 
     def settled(operand: Operand) -> Operand:

@@ -106,7 +106,8 @@ class Step:
     has no margins that must be zero. arrays: the row-blocks and bias (see `_ARRAYS`). params: as enumerated in
     native/src/program.h. format, reason: what was chosen for the weights, and why. nonzeros, weights: of the layer.
     nodes: the names of the graph's nodes that this step computes. task: 0, or: one thread does all steps of a number,
-    and those of numbers that follow each other may be done at once.
+    and those of numbers that follow each other may be done at once. bands: 0, or: the task is so many tasks, each a
+    band of the pixels of all its steps.
     """
 
     name: str
@@ -124,11 +125,12 @@ class Step:
     weights: int = 0
     nodes: tuple[str, ...] = ()
     task: int = 0
+    bands: int = 0
 
     @property
     def layer(self) -> str:
         """Its name without the number of its task: the tasks of a layer are told of as one."""
-        return self.name.rpartition("/")[0] if self.task else self.name
+        return self.name.rpartition("/")[0] if self.task and not self.bands else self.name
 
     @property
     def note(self) -> str:
@@ -234,7 +236,7 @@ class _Writer:
         for array, dtype in _ARRAYS:
             words += self._array(step.arrays.get(array), dtype)
         words += [*self._text(step.name), *self._text(step.note)]
-        words += [*step.params, *[0] * (_PARAMS - len(step.params)), step.task]
+        words += [*step.params, *[0] * (_PARAMS - len(step.params)), step.task, step.bands]
         return words + [0] * (_STEP_WORDS - len(words))
 
 

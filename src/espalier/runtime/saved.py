@@ -27,6 +27,7 @@ class _StepRow:
     out: list[int]
     a: list[int]
     task: int = 0
+    bands: int = 0
 
 
 def dump(program: Executable) -> list[tuple[dict[str, Any], bytes]]:
@@ -43,9 +44,20 @@ def dump(program: Executable) -> list[tuple[dict[str, Any], bytes]]:
             continue
         row["steps"] = [
             asdict(
-                _StepRow(s.name, s.op, s.format, s.reason, s.nonzeros, s.weights, [*s.out.sizes], [*s.a.sizes], s.task)
+                _StepRow(
+                    step.name,
+                    step.op,
+                    step.format,
+                    step.reason,
+                    step.nonzeros,
+                    step.weights,
+                    [*step.out.sizes],
+                    [*step.a.sizes],
+                    step.task,
+                    step.bands,
+                )
             )
-            for s in piece.program.steps
+            for step in piece.program.steps
         ]
         _, loaded = next(engine)
         pieces.append((row, loaded.to_bytes()))
@@ -92,7 +104,10 @@ def _program(graph: Graph, rows: Sequence[Mapping[str, Any]]) -> Program:
     steps = []
     for values in rows:
         row = _StepRow(**values)
-        texts, numbers = (row.name, row.format, row.reason), (row.nonzeros, row.weights, row.task, *row.out, *row.a)
+        texts, numbers = (
+            (row.name, row.format, row.reason),
+            (row.nonzeros, row.weights, row.task, row.bands, *row.out, *row.a),
+        )
         sound = row.op in STEP_OPS and all(isinstance(text, str) for text in texts)
         if not sound or any(type(n) is not int or n < 0 for n in numbers) or (len(row.out), len(row.a)) != (4, 4):
             raise ValueError(f"step {row.name!r:.80} cannot be")
@@ -108,6 +123,7 @@ def _program(graph: Graph, rows: Sequence[Mapping[str, Any]]) -> Program:
                 nonzeros=row.nonzeros,
                 weights=row.weights,
                 task=row.task,
+                bands=row.bands,
             )
         )
     inputs, outputs = (
