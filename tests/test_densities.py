@@ -33,6 +33,7 @@ def compressed(out: Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any
     "target,options",
     [
         ("density", {"density": 0.3, "allocation": "sensitivity"}),
+        ("weights", {"nonzero": 5000}),
         ("weights", {"nonzero": 5000, "allocation": "method", "method": "structure_parameters", "scheme": "column"}),
         ("macs", {"macs": 0.3, "scheme": "block_punched"}),
         ("bytes", {"size_mb": 0.03, "scheme": "micro_block+unify"}),
@@ -43,7 +44,7 @@ def test_every_target_is_met(target: str, options: dict[str, Any], tmp_path: Pat
     split = report["targets"]["split"]
     assert row["target"] == target == split["target"] and split["way"] in WAYS
     assert row["achieved"] <= 1.05 * row["requested"], row
-    if split["way"] == "sensitivity":
+    if split["way"] in ("error", "sensitivity"):
         assert 0.7 * row["requested"] < row["predicted"] <= row["requested"]
     if target == "bytes":
         assert row["achieved"] == (tmp_path / "a" / "model.esp").stat().st_size
@@ -101,7 +102,7 @@ def test_who_splits_what() -> None:
     assert asked(plan="a.toml") is None and asked(targets={"speedup": 2.0, "macs": 0.5}) is None
     assert asked(targets={"macs": 0.5}) is None  # mapping chooses the schemes
     assert asked(targets={"macs": 0.5}, scheme="filter").way == "sensitivity"
-    assert asked(density=0.5).way == "rule" and asked("reweighted").way == "method"
+    assert asked(density=0.5).way == "error" and asked("reweighted").way == "method"
     assert asked("reweighted").target is None
 
 

@@ -51,7 +51,7 @@ def compress_command(
     size_mb: float | None = None,
     macs: float | None = None,
     nonzero: float | None = None,
-    allocation: Literal["rule", "sensitivity", "method"] | None = None,
+    allocation: Literal["error", "sensitivity", "rule", "method"] | None = None,
     scheme: str | None = None,
     method: str = "magnitude",
     scheme_options: dict[str, Any] | None = None,
@@ -85,7 +85,8 @@ def compress_command(
         size_mb: or 10^6 bytes of stored weights, at most
         macs: or useful multiply-accumulates, at most; below 1 a share of the dense ones
         nonzero: or how many conv and linear weights are kept
-        allocation: how that is split over the layers; default: rule, with a scheme and size_mb or macs sensitivity
+        allocation: how that is split over the layers: error, sensitivity, rule (one density) or method; default: error,
+            with a scheme and size_mb or macs sensitivity
         scheme: what may die together: filter, column, channel, shape, layer, block_punched, block_column, block_row,
             kernel, pattern, n_m, micro_block, weight or unify; several joined by +; default: filter+column
         method: magnitude (along a ramp), admm, primal_proximal, reweighted, selective_decay or structure_parameters

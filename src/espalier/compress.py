@@ -71,7 +71,7 @@ def compress(
     size_mb: float | None = None,
     macs: float | None = None,
     nonzero: float | None = None,
-    allocation: Literal["rule", "sensitivity", "method"] | None = None,
+    allocation: Literal["error", "sensitivity", "rule", "method"] | None = None,
     scheme: str | None = None,
     method: str | Method = "magnitude",
     scheme_options: dict[str, Any] | None = None,
@@ -103,9 +103,10 @@ def compress(
         milliseconds of one sample; 10^6 bytes of weights; multiply-accumulates (below 1: a share). Once the dense
         network is trained, mapping by rule (`es.propose`) chooses scheme, block and density for every layer; with
         `scheme` given, one of size_mb and macs is split over the layers by sensitivity, all in that scheme.
-    allocation: how density or nonzero are split over the layers (`densities.WAYS`): by "rule" (the default), by
-        "sensitivity", or by the "method" (primal_proximal, reweighted, structure_parameters). With nothing asked for,
-        such a method finds what it can, by its own threshold.
+    allocation: how density or nonzero are split over the layers (`densities.WAYS`): by the "error" that they leave in
+        the trained weights (the default), by "sensitivity", by "rule" (one density), or by the "method"
+        (primal_proximal, reweighted, structure_parameters). With nothing asked for, such a method finds what it can, by
+        its own threshold.
     method: how the weights are brought into the plan: a name of METHODS or a method.
     scheme_options, method_options: keyword options of both, where they are given by name.
     max_drop: points of accuracy that may be lost, read on held-out images of the training set with their standard error
@@ -239,7 +240,10 @@ def _measured(
     if known is not None:
         rows = target_rows(known, report)
         report["targets"] = {**known, "rows": [dataclasses.asdict(row) for row in rows]}
-    if split is not None and (split.target, split.way) != ("density", "rule"):  # which the summary tells
+    if split is not None and (split.target, split.way) not in (
+        ("density", "rule"),
+        ("density", "error"),
+    ):  # which the summary tells
         row = dataclasses.asdict(split.row(report, predicted))
         report["targets"] = {"split": dataclasses.asdict(split), "rows": [row]}
     return report

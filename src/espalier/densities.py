@@ -24,7 +24,8 @@ from espalier.workspace import Workspace
 SCHEME = "filter+column"  # where none is named
 WAYS = {
     "rule": "one density for all layers; small ones, and those that read the input, are spared",
-    "sensitivity": "by what the held-out loss grows when a layer alone is cut, on the trained dense network",
+    "error": "by how much of each layer's trained weights a density takes away",
+    "sensitivity": "by that, and by what the held-out loss grows when a layer of the trained network alone is cut",
     "method": "the method finds the densities while it trains",
 }
 _CLOSE = 0.02  # as good as met: groups are whole
@@ -59,11 +60,15 @@ class Split:
         return self.amount if self.target == "density" or self.amount <= 1 else self.amount / total
 
     def plan(self, graph: Graph) -> Plan | None:
-        """The plan, where it can be made before the dense network is trained."""
+        """The plan, where it can be made before the dense network is trained.
+
+        Raises PlanError where what is asked for cannot be reached.
+        """
         density = self.density(graph)
-        if self.way == "rule" and density is not None:
-            return uniform(graph, density, self.scheme, **self.options)
-        return open_plan(graph, self.scheme, **self.options) if self.way == "method" else None
+        if self.way == "method":
+            return open_plan(graph, self.scheme, **self.options)
+        made = None if density is None else uniform(graph, density, self.scheme, **self.options)
+        return made if self.way == "rule" else None
 
     def method(self, graph: Graph, method: Method) -> Method:
         """The method; where it is to find the densities, with the one that all sites of the plan are to have together.
@@ -84,13 +89,13 @@ class Split:
         return replace(method, density=share)  # type: ignore[type-var]
 
     def measured(self, work: Workspace, network: nn.Module, data: Data) -> tuple[Plan, float]:
-        """The plan by sensitivity on held-out images, and what it should cost; made once and kept."""
+        """The plan by errors, or by sensitivity on held-out images, and what it should cost; made once and kept."""
 
         def make() -> dict[str, Any]:
             whole = copy.deepcopy(network).eval()
             score, graph = on_split(data.holdout, QUICK_IMAGES), capture(whole, torch.zeros(1, *data.shape))
-            kind = self.target or "density"
-            made = allocate(graph, lambda: score(whole)[1], self.amount, self.scheme, kind, **self.options)
+            kind, loss = self.target or "density", (lambda: score(whole)[1]) if self.way == "sensitivity" else None
+            made = allocate(graph, loss, self.amount, self.scheme, kind, **self.options)
             curves = {site: list(map(list, points)) for site, points in made.sensitivity.items()}
             return {"toml": made.plan.to_toml(), "predicted": made.predicted, "sensitivity": json.dumps(curves)}
 
@@ -156,11 +161,11 @@ def split_of(
     if not given and not (finds and allocation in (None, "method")):
         raise PlanError(f"{_ONE}; or nothing, with a method that finds densities itself ({', '.join(finders())})")
     target, amount = next(iter(given.items()), (None, 1.0))
-    way = allocation or ("method" if target is None else "rule" if target in ("density", "weights") else "sensitivity")
+    way = allocation or ("method" if target is None else "error" if target in ("density", "weights") else "sensitivity")
     if way == "method" and not finds:
         raise PlanError(f"--allocation method needs one that finds densities itself: {', '.join(finders())}")
-    if way != "sensitivity" and target in ("macs", "bytes"):
-        raise PlanError(f"{target} are split over the layers by sensitivity: leave --allocation {way} out")
+    if way not in ("error", "sensitivity") and target in ("macs", "bytes"):
+        raise PlanError(f"{target} are split over the layers by error or sensitivity: leave --allocation {way} out")
     return Split(target, amount, way, scheme or SCHEME, dict(options or {}))
 
 

@@ -69,7 +69,7 @@ class Allocation:
 
 def allocate(
     graph: Graph,
-    loss: Callable[[], float],
+    loss: Callable[[], float] | None,
     target: float,
     name: str = "filter+column",
     kind: str = "density",
@@ -80,8 +80,9 @@ def allocate(
     """The plan with scheme `name` that adds least loss, layer by layer, and costs at most `target`.
 
     graph: of the network as it is; its weights are put back after each trial. loss: held-out loss of the network as
-    it is; a few batches will do (it is called about ``len(densities)`` times a layer). densities: that are measured;
-    default: `DENSITIES`, and on to a quarter of the target. kind: "density" (share of all
+    it is; a few batches will do (it is called about ``len(densities)`` times a layer). None: errors count alike in
+    every layer, and nothing is run. densities: that are measured; default: `DENSITIES`, and on to a quarter of the
+    target. kind: "density" (share of all
     weights), "weights", "macs" or "bytes" (flags, signs and magnitudes included); for these a target of at most 1 is a
     share of the dense network. Layers that cannot take the scheme and depthwise convs stay dense; those that make the
     network's outputs lose no filters.
@@ -112,7 +113,7 @@ def allocate(
     total = sum(dense.values())
     wanted = target * total if kind == "density" or target <= 1 else target
     measured = _down_to(wanted / total / 4) if densities is None else densities
-    base = loss()
+    base = 0.0 if loss is None else loss()
     if not math.isfinite(base):
         raise MethodError(f"the network's held-out loss is {base}: nothing can be measured on it. Train it first")
 
@@ -122,7 +123,7 @@ def allocate(
     curves = {
         first: _known(sensitivity, first)
         if sensitivity is not None
-        else _sensed(graph, {s: pruned[s] for s in members}, ladders[first], lambda: loss() - base)
+        else _sensed(graph, {s: pruned[s] for s in members}, ladders[first], lambda: loss() - base if loss else 0.0)
         for first, members in decisions.items()
     }
     weights, convex = _weights(curves), {first: _convex(points) for first, points in curves.items()}
