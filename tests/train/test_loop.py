@@ -280,6 +280,25 @@ def test_recalibration_takes_plain_means(simple: Data) -> None:
 # -- several processes -----------------------------------------------------------------------------
 
 
+def test_small_steps_take_few_threads(simple: Data) -> None:
+    class Watched(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.add(torch.get_num_threads())
+            return super().forward(x)
+
+    before, seen = torch.get_num_threads(), set[int]()
+    try:
+        torch.set_num_threads(2)
+        quiet(nn.Sequential(nn.Flatten(), Watched(72, 4)), simple, Recipe(epochs=1))
+        assert seen == {1, 2} and torch.get_num_threads() == 2  # two only to count the work
+        seen.clear()
+        wide = nn.Sequential(nn.Flatten(), nn.Linear(72, 60_000), nn.Linear(60_000, 4), Watched(4, 4))
+        quiet(wide, simple, Recipe(epochs=1, batch_size=32))
+        assert seen == {2}
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_two_processes_come_to_what_one_comes_to(simple: Data, tmp_path: Path) -> None:
     """torchrun with gloo: every batch is shared, the gradients are averaged, one checkpoint is written."""
     recipe = Recipe(epochs=2, batch_size=32)

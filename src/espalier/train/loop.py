@@ -30,6 +30,7 @@ from espalier.train.recipe import Recipe
 from espalier.train.score import evaluate, visiting
 from espalier.train.split import Data
 from espalier.train.team import AGREE_EVERY, Processes, Team, launch
+from espalier.train.threads import enough_threads
 from espalier.train.told import Told
 from espalier.train.worked import Sharded, TrainHooks, Whole, Worked
 
@@ -110,7 +111,8 @@ def fit(
     if recipe.distill and teacher is None:
         raise TrainingError(f"{phase}: distill is {recipe.distill}, but there is no teacher to learn from: teacher=...")
     taught = teacher if recipe.distill else None
-    with _borrowed(model), visiting(taught, team.fabric.device) if taught is not None else nullcontext():
+    threads = enough_threads(model, torch.zeros(1, *data.shape), recipe.batch_size)
+    with threads, _borrowed(model), visiting(taught, team.fabric.device) if taught is not None else nullcontext():
         run = _Fit(team, model, data, recipe, hooks, taught, path, phase, save_every_s)
         if resume and path is not None and team.first(path.exists):
             run.restore(path)
