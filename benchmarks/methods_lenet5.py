@@ -10,6 +10,7 @@ All layers count; densities are those of the whole network.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import nn
 import espalier as es
 from espalier.methods import get
 from espalier.sparsity import unfit
-from espalier.train import Recipe, build, evaluate, fit, load_data, seed_everything
+from espalier.train import Data, Recipe, build, evaluate, fit, load_data, seed_everything
 
 RESULTS = Path(__file__).parent / "results" / "methods_lenet5.json"
 RECIPE = Recipe(batch_size=128, lr=0.02, weight_decay=1e-4, precision="bf16-mixed")
@@ -55,23 +56,29 @@ def plan_for(model: nn.Module, example: torch.Tensor, scheme: str, density: floa
 
 
 def work(cell: Cell, arguments: argparse.Namespace) -> dict[str, Any]:
+    return shaped(cell, arguments, lambda model, example, _: plan_for(model, example, cell.scheme, cell.density))
+
+
+def shaped(
+    cell: Cell, arguments: argparse.Namespace, planned: Callable[[nn.Module, torch.Tensor, Data], es.Plan]
+) -> dict[str, Any]:
+    """The dense network trained into a plan by the cell's method, and what it came to."""
     seed_everything(cell.seed)
     data, example = load_data("mnist", arguments.data), torch.zeros(1, 1, 28, 28)
     model = build("lenet5").to(memory_format=torch.channels_last)  # half the time on CPUs
     model.load_state_dict(torch.load(Path(arguments.out) / f"dense{cell.seed}.pt", weights_only=True))
     name, settings = METHODS[cell.method]
     steps = SHAPE_EPOCHS * data.train.steps(RECIPE.batch_size)
-    plan = plan_for(model, example, cell.scheme, cell.density)
-    run = es.start(model, plan, get(name, **settings), example, steps=steps)
+    run = es.start(model, planned(model, example, data), get(name, **settings), example, steps=steps)
     fit(model, data, _recipe(SHAPE_EPOCHS, cell.seed), hooks=run, progress=False)
     run.finish()
-    shaped = 100 * evaluate(model, data.holdout).accuracy
+    before = 100 * evaluate(model, data.holdout).accuracy
     fit(model, data, _recipe(RETRAIN_EPOCHS, cell.seed), hooks=run, progress=False)
     size = es.size(es.capture(model, example))
     return {
         "test": 100 * evaluate(model, data.test).accuracy,
         "holdout": 100 * evaluate(model, data.holdout).accuracy,
-        "shaped": shaped,
+        "shaped": before,
         "density": size.density,
         "fewer_weights": size.weights / max(1, size.nonzero),
     }

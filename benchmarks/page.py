@@ -68,6 +68,17 @@ def methods_resnet20(report: dict[str, Any]) -> str:
     return f"{epochs} Top-1 %:\n\n{table(headings, rows)}"
 
 
+def allocation(report: dict[str, Any]) -> str:
+    """Schemes and densities down, ways across."""
+    cells = {tuple(key.split("/")): value for key, value in report["cells"].items()}
+    ways = list(dict.fromkeys(key[0] for key in cells))
+    rows = []
+    for scheme, density in sorted(dict.fromkeys(key[1:3] for key in cells), reverse=True):
+        found = [[v["test"] for key, v in cells.items() if key[:3] == (way, scheme, density)] for way in ways]
+        rows.append([scheme, density, *(f"{mean(each):.2f}" if each else "open" for each in found)])
+    return f"LeNet-5 / MNIST, magnitude along its ramp. Top-1 %:\n\n{table(['scheme', 'density', *ways], rows)}"
+
+
 def published(report: dict[str, Any]) -> str:
     """Every published figure; ours beside it, where the row has been run."""
     rows = []
@@ -213,6 +224,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "lenet5": ("LeNet-5: ADMM, purification, unused path removal", lenet5),
     "lenet5_far": ("LeNet-5: how far it goes at 99.0 %", lenet5),
     "methods_lenet5": ("Every method with every scheme, LeNet-5 / MNIST", methods_lenet5),
+    "allocation": ("One density, split over the layers in three ways", allocation),
     "methods_resnet20": ("Methods, schemes and rivals, ResNet-20 / CIFAR-10", methods_resnet20),
     "published": ("Published figures of others", published),
     "overhead": ("What a method costs beside a dense training step, ResNet-18 / CIFAR", overhead),

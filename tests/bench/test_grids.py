@@ -84,6 +84,15 @@ def test_every_method_and_every_scheme_of_the_lenet_grid(lenet: tuple[ModuleType
         assert {"test", "holdout", "shaped", "fewer_weights"} <= set(found)
 
 
+def test_every_way_to_split_a_density(
+    lenet: tuple[ModuleType, argparse.Namespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = script("allocation", monkeypatch)
+    assert ways.grid is lenet[0] and {cell.way for cell in ways.CELLS} == set(ways.WAYS)
+    for way in ways.WAYS:
+        assert 0.03 < ways.work(ways.Cell(way, "filter+column", 0.05), lenet[1])["density"] < 0.06, way
+
+
 class Narrow(nn.Module):
     def __init__(self) -> None:
         super().__init__()
