@@ -217,7 +217,7 @@ def search_command(
         known = space.timed(Log(file, space.name).trials)
         taken = best(known, limit)
         if finalists:
-            longer, finals = replace(score, epochs=final_epochs, images=None), folder / "finals.jsonl"
+            longer, finals = replace(score, epochs=final_epochs, images=None), folder / f"finals-{final_epochs}.jsonl"
             tell(console, f"the {finalists} best, and the rule's plan, are retrained for {final_epochs} epochs")
             taken = final(
                 space, longer, finals, known, limit_ms=limit, start=start, count=finalists, workers=where, tell=told

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from espalier.mapping.candidates import Candidate
 from espalier.mapping.layers import Layer
-from espalier.methods.allocate import TRUST
+from espalier.methods.allocate import weighed
 
 _SAMPLE = 100_000  # groups that are sorted at most; more tell the same curve
 
@@ -65,7 +65,7 @@ class Damage:
 
     def __init__(self, weights: Mapping[str, Tensor], layers: Mapping[str, Layer], harms: Harms | None = None) -> None:
         self.weights, self.layers, self.harms = weights, layers, harms
-        self.weights_of_error = _weighed(harms or {})
+        self.weights_of_error = weighed(harms or {})
         self._curves: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
 
     def error(self, site: str, candidate: Candidate | None, density: float) -> float:
@@ -97,13 +97,3 @@ class Damage:
         if error > at[-1] > 0:
             return float(value[-1] * error / at[-1])
         return float(np.interp(error, at, value))
-
-
-def _weighed(harms: Harms) -> dict[str, float]:
-    """site -> (loss for an error / that of the layer in the middle) ** TRUST; sites where nothing was lost get 1."""
-    slopes = {
-        s: float(np.mean([max(0.0, h.loss) / h.error for h in each if h.error > 0] or [0])) for s, each in harms.items()
-    }
-    measured = {site: slope for site, slope in slopes.items() if slope > 0}
-    middle = float(np.median(list(measured.values()))) if measured else 1.0
-    return {site: (slope / middle) ** TRUST for site, slope in measured.items()}

@@ -15,7 +15,7 @@ from espalier.errors import DataError
 class Trial:
     """One plan that was pruned, briefly retrained and scored.
 
-    source: who chose it ("policy", "tpe", "nsga2", "rule"). run: of which search, number: the place in it.
+    source: who chose it ("policy", "tpe", "nsga2", "rule", "final"). run: of which search, number: the place in it.
     picked: the option of every site of the space. accuracy: in points. latency_ms: by the table.
     """
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from statistics import mean, median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -77,15 +77,14 @@ def allocate(
     sensitivity: Sensitivity | None = None,
     **options: Any,
 ) -> Allocation:
-    """The plan with scheme `name` that adds least loss, layer by layer, and costs at most `target`.
+    """The plan with scheme `name` that leaves least error, layer by layer, and costs at most `target`.
 
     graph: of the network as it is; its weights are put back after each trial. loss: held-out loss of the network as
     it is; a few batches will do (it is called about ``len(densities)`` times a layer). None: errors count alike in
     every layer, and nothing is run. densities: that are measured; default: `DENSITIES`, and on to a quarter of the
-    target. kind: "density" (share of all
-    weights), "weights", "macs" or "bytes" (flags, signs and magnitudes included); for these a target of at most 1 is a
-    share of the dense network. Layers that cannot take the scheme and depthwise convs stay dense; those that make the
-    network's outputs lose no filters.
+    target. kind: "density" (share of all weights), "weights", "macs" or "bytes" (flags, signs and magnitudes
+    included); for these a target of at most 1 is a share of the dense network. Layers that cannot take the scheme and
+    depthwise convs stay dense; those that make the network's outputs lose no filters.
 
     sensitivity: that of an earlier allocation of this network in this scheme, for another target: nothing is measured
     again.
@@ -126,20 +125,7 @@ def allocate(
         else _sensed(graph, {s: pruned[s] for s in members}, ladders[first], lambda: loss() - base if loss else 0.0)
         for first, members in decisions.items()
     }
-    weights, convex = _weights(curves), {first: _convex(points) for first, points in curves.items()}
-    choices = [
-        [
-            _Choice(
-                weights[first] * (_between(convex[first], d) + more),
-                sum(COSTS[kind](sites[s], made[s]) for s in members),
-                made,
-            )
-            for variant, more in _variants({s: fitting[s] for s in members}, graph, kind)
-            for d in ladders[first].levels
-            if (made := _at(variant, d))
-        ]
-        for first, members in decisions.items()
-    ]
+    choices = _choices(graph, fitting, decisions, ladders, curves, kind)
     fixed = sum(cost for s, cost in dense.items() if s not in fitting)
     chosen = _knapsack(choices, wanted - fixed, kind, total, fixed)
     entries = {s: made for choice in chosen for s, made in choice.schemes.items()}
@@ -202,14 +188,23 @@ def _sensed(
     return tuple(points)
 
 
-def _weights(curves: Sensitivity) -> dict[str, float]:
-    """(Loss for an error / that of the decision in the middle) ** TRUST; 1 where nothing was lost."""
+class Cost(Protocol):
+    """What an error in a layer was measured to cost in loss."""
+
+    @property
+    def error(self) -> float: ...
+    @property
+    def loss(self) -> float: ...
+
+
+def weighed(costs: Mapping[str, Sequence[Cost]]) -> dict[str, float]:
+    """site -> (loss for an error / that of the site in the middle) ** TRUST, for those where loss was seen."""
     slopes = {
-        first: mean([max(0.0, at.loss) / at.error for at in points if at.error > 0] or [0.0])
-        for first, points in curves.items()
+        s: mean([max(0.0, at.loss) / at.error for at in each if at.error > 0] or [0.0]) for s, each in costs.items()
     }
-    middle = median([slope for slope in slopes.values() if slope > 0] or [1.0])
-    return {first: (slope / middle) ** TRUST if slope > 0 else 1.0 for first, slope in slopes.items()}
+    measured = {site: slope for site, slope in slopes.items() if slope > 0}
+    middle = median(measured.values()) if measured else 1.0
+    return {site: (slope / middle) ** TRUST for site, slope in measured.items()}
 
 
 def _variants(here: Mapping[str, Template], graph: Graph, kind: str) -> Iterator[tuple[Mapping[str, Template], float]]:
@@ -235,6 +230,29 @@ class _Choice:
     error: float
     cost: float
     schemes: Mapping[str, Scheme | None]
+
+
+def _choices(
+    graph: Graph,
+    fitting: Mapping[str, Template],
+    decisions: Mapping[str, Sequence[str]],
+    ladders: Mapping[str, _Ladder],
+    curves: Sensitivity,
+    kind: str,
+) -> list[list[_Choice]]:
+    """For each decision what it may come to."""
+    sites, weights, found = graph.sites(), weighed(curves), []
+    for first, members in decisions.items():
+        weight, convex = weights.get(first, 1.0), _convex(curves[first])
+        found.append(
+            [
+                _Choice(weight * (_between(convex, d) + more), sum(COSTS[kind](sites[s], at[s]) for s in members), at)
+                for variant, more in _variants({s: fitting[s] for s in members}, graph, kind)
+                for d in ladders[first].levels
+                if (at := _at(variant, d))
+            ]
+        )
+    return found
 
 
 def _knapsack(

@@ -33,10 +33,12 @@ def enough_threads(model: nn.Module, example: Tensor, samples: int) -> Iterator[
 
 def _macs(model: nn.Module, example: Tensor) -> float:
     """Of one sample; without end where it cannot be counted."""
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        return math.inf  # the counter knows no recurrent layers
     counter = FlopCounterMode(display=False)
     try:
         with visiting(model, example.device), torch.no_grad(), counter:
             model.eval()(example)
     except Exception:  # whatever a network may raise: training will tell
         return math.inf
-    return counter.get_total_flops() / 2
+    return counter.get_total_flops() / 2 or math.inf
