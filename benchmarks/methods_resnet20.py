@@ -123,7 +123,7 @@ def even(scheme: str) -> Callable[[es.Graph, float], es.Plan]:
     return lambda graph, share: es.uniform(graph, share, scheme)
 
 
-def allocated(scheme: str, loss: Callable[[], float]) -> Callable[[es.Graph, float], es.Plan]:
+def allocated(scheme: str, loss: Callable[[], float] | None) -> Callable[[es.Graph, float], es.Plan]:
     """For `plan_for`: split over the layers by their sensitivities, which are measured once."""
     known: list[Allocation] = []
 

@@ -89,13 +89,24 @@ def published(report: dict[str, Any]) -> str:
                 f"{ours['test']:.2f} of {ours['dense_test']:.2f}",
                 f"{ours['fewer_macs']:.2f}x",
                 f"{ours['fewer_weights']:.2f}x",
+                ours["split"],
             ]
             if ours
-            else ["open", "", ""]
+            else ["open", "", "", ""]
         )
         wanted = f"{claim['top1']:.2f}" if claim["top1"] else ""
         rows.append([name, claim["source"], wanted, claim["method"], claim["scheme"], *made])
-    headings = ["row", "source", "published", "method", "scheme", "ours, top-1 %", "fewer MACs", "fewer weights"]
+    headings = [
+        "row",
+        "source",
+        "published",
+        "method",
+        "scheme",
+        "ours, top-1 %",
+        "fewer MACs",
+        "fewer weights",
+        "split",
+    ]
     return f"{report['epochs']} epochs each, from published or own dense weights.\n\n{table(headings, rows)}"
 
 

@@ -24,6 +24,7 @@ from espalier.mapping import (
     Processes,
     Proposal,
     Sensitivity,
+    Space,
     Targets,
     Trial,
     Workers,
@@ -207,21 +208,15 @@ def search_command(
     root = None if data_root is None else str(Path(data_root).resolve())
     score = OneShot(model, data, weights and str(Path(weights).resolve()), root, epochs, images, recipe or SHORT)
     folder = Path(out)
-    file, told = folder / "trials.jsonl", _trial_teller(console)
+    told = _trial_teller(console)
     with _workers(workers, ray_address) as where:
-        shared: dict[str, Any] = {"trials": trials, "start": start, "workers": where, "seed": seed}
-        if sampler == "policy":
-            search(space, score, file, limit_ms=limit, tell=told, **shared)
-        else:
-            study(space, score, file, sampler=sampler, tell=told, **shared)
-        known = space.timed(Log(file, space.name).trials)
+        shared: dict[str, Any] = {"start": start, "workers": where, "tell": told}
+        known = _searched(space, score, folder, sampler, limit, trials=trials, seed=seed, **shared)
         taken = best(known, limit)
         if finalists:
             longer, finals = replace(score, epochs=final_epochs, images=None), folder / f"finals-{final_epochs}.jsonl"
             tell(console, f"the {finalists} best, and the rule's plan, are retrained for {final_epochs} epochs")
-            taken = final(
-                space, longer, finals, known, limit_ms=limit, start=start, count=finalists, workers=where, tell=told
-            )
+            taken = final(space, longer, finals, known, limit_ms=limit, count=finalists, **shared)
     _save(space.plan(taken.picked), folder / "plan.toml")
     drawn = _drawn(lambda: draw_trials(known, folder / "front.png", f"{model}: the front of {len(known)} trials"))
     tell(
@@ -229,6 +224,23 @@ def search_command(
         f"best of {len(known)} trials: {taken.accuracy:.2f} % held out at {taken.latency_ms:.4g} ms by the table; "
         f"written to {folder / 'plan.toml'}{drawn}",
     )
+
+
+def _searched(
+    space: Space,
+    score: OneShot,
+    folder: Path,
+    sampler: Literal["policy", "tpe", "nsga2"],
+    limit: float,
+    **shared: Any,
+) -> list[Trial]:
+    """All trials of the folder, once the search has added to them."""
+    file = folder / "trials.jsonl"
+    if sampler == "policy":
+        search(space, score, file, limit_ms=limit, **shared)
+    else:
+        study(space, score, file, sampler=sampler, **shared)
+    return space.timed(Log(file, space.name).trials)
 
 
 MAPPING_COMMANDS: dict[str, Any] = {
