@@ -28,14 +28,16 @@ typedef struct {
 typedef struct {
     int64_t in[8], out[8], residual[8];
     int lanes[8], stored[8];
-    bool run;   /* the vectors lie one behind the other */
-    bool plain; /* and all lanes of all count */
+    bool run;    /* the vectors lie one behind the other */
+    bool plain;  /* and all lanes of all are stored */
+    bool masked; /* and those that are no pixels, but side margin, as zeros: `pixels` are the others */
+    lanes pixels[8];
 } spots;
 
 /* Residual and activation of M rows at V vectors, and every row where it belongs. With clamp, kind is no activation or
  * a clamp between low and high; without, any. Plain: whole vectors, one behind the other. */
-ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool add, const bool plain, const block *b,
-    vec acc[8][8], const spots *at, float low, float high)
+ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool add, const bool plain, const bool masked,
+    const block *b, vec acc[8][8], const spots *at, float low, float high)
 {
     /* copies: the compiler must believe that stores change what lies behind pointers */
     const int64_t to_stride = b->step->out.stride[1], from_stride = b->step->b.stride[1];
@@ -60,6 +62,7 @@ ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool ad
             vec y = acc[m][v];
             if (add) y += lanes < ESP_WIDTH ? load_part(residual + from_at[v], lanes) : load(residual + from_at[v]);
             y = clamp ? vmin(splat(high), vmax(splat(low), y)) : activate(y, activation, low, high);
+            if (masked) y = choose_lanes(at->pixels[v], y, (vec){0});
             if (lanes < ESP_WIDTH)
                 store_part(out + to_at[v], choose_lanes(lanes_between(0, lanes), y, (vec){0}), at->stored[v]);
             else
@@ -91,44 +94,68 @@ ESP_INLINE void sum_up(const int M, const int V, const bool run, const block *b,
     }
 }
 
-/* M rows at V vectors of pixels. */
-ESP_INLINE void tile(const int M, const int V, const block *b, const spots *at)
+/* M rows of one block at V vectors of pixels. */
+ESP_INLINE void tile_rows(const int M, const int V, const block *b, const spots *at, bool clamps, float low, float high)
 {
-    const esp_step *s = b->step;
+    const float *bias = b->step->bias;
     vec acc[8][8];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-        const int64_t row = b->rows[m] < 0 ? 0 : b->rows[m];
-        const float bias = s->bias ? s->bias[row] : 0.0f;
+        const float first = bias && b->rows[m] >= 0 ? bias[b->rows[m]] : 0.0f;
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) acc[m][v] = splat(bias);
+        for (int v = 0; v < V; v++) acc[m][v] = splat(first);
     }
     if (V > 3 && at->run)
         sum_up(M, V, true, b, at, acc);
     else
         sum_up(M, V, false, b, at, acc);
-    const bool clamps = s->activation == ESP_CLAMP;
-    const float low = s->activation ? s->act_a : -INFINITY, high = s->activation ? s->act_b : INFINITY;
-    if (clamps || s->activation == ESP_LINEAR_ACT) {
-        if (at->plain && b->residual)
-            finish(M, V, true, true, true, b, acc, at, low, high);
-        else if (at->plain)
-            finish(M, V, true, false, true, b, acc, at, low, high);
-        else if (b->residual)
-            finish(M, V, true, true, false, b, acc, at, low, high);
+    if (clamps && at->plain && !at->masked) {
+        if (b->residual)
+            finish(M, V, true, true, true, false, b, acc, at, low, high);
         else
-            finish(M, V, true, false, false, b, acc, at, low, high);
+            finish(M, V, true, false, true, false, b, acc, at, low, high);
+    } else if (clamps && at->plain) {
+        if (b->residual)
+            finish(M, V, true, true, true, true, b, acc, at, low, high);
+        else
+            finish(M, V, true, false, true, true, b, acc, at, low, high);
+    } else if (clamps) {
+        if (b->residual)
+            finish(M, V, true, true, false, at->masked, b, acc, at, low, high);
+        else
+            finish(M, V, true, false, false, at->masked, b, acc, at, low, high);
     } else if (b->residual) {
-        finish(M, V, false, true, false, b, acc, at, low, high);
+        finish(M, V, false, true, false, at->masked, b, acc, at, low, high);
     } else {
-        finish(M, V, false, false, false, b, acc, at, low, high);
+        finish(M, V, false, false, false, at->masked, b, acc, at, low, high);
     }
 }
 
-typedef void (*tile_function)(const block *, const spots *);
+/* Blocks first..upto at V vectors of pixels, M rows at once: b is the part that all of them share. */
+ESP_INLINE void tile(const int M, const int V, const block *shared, int64_t first, int64_t upto, const spots *at)
+{
+    block b = *shared;
+    const esp_step *s = b.step;
+    const int64_t height = M < 4 ? M : b.height;
+    const bool clamps = s->activation == ESP_CLAMP || s->activation == ESP_LINEAR_ACT;
+    const float low = s->activation ? s->act_a : -INFINITY, high = s->activation ? s->act_b : INFINITY;
+    for (int64_t i = first; i < upto; i++) {
+        b.index = s->index + s->starts[i];
+        b.columns = s->starts[i + 1] - s->starts[i];
+        b.rows = s->rows + i * height;
+        b.values = s->values + s->starts[i] * height;
+        for (int64_t r = 0; r < height; r += M, b.rows += M, b.values += M)
+            tile_rows(M, V, &b, at, clamps, low, high);
+    }
+}
+
+typedef void (*tile_function)(const block *, int64_t, int64_t, const spots *);
 
 #define TILE(M, V) \
-    static void tile_##M##_##V(const block *b, const spots *at) { tile(M, V, b, at); }
+    static void tile_##M##_##V(const block *b, int64_t first, int64_t upto, const spots *at) \
+    { \
+        tile(M, V, b, first, upto, at); \
+    }
 
 /* Rows at once and the widest tile per instruction set: as many accumulators as it has registers for. */
 TILE(1, 1) TILE(1, 2) TILE(1, 3) TILE(1, 4) TILE(1, 5) TILE(1, 6) TILE(1, 7) TILE(1, 8)
@@ -147,18 +174,12 @@ static const tile_function tiles_2[] = {tile_2_1, tile_2_2, tile_2_3, tile_2_4, 
 static const tile_function tiles_4[] = {tile_4_1, tile_4_2, tile_4_3};
 #endif
 
-/* Zero the side margins among pixels begin..end of a plane that is worked on as one run, and its back margin. */
+/* Zero what lies before the first plane, where pixels begin..end of plane `row`, worked on as one run, are its beginning;
+ * and the back margin of the plane, where they are the plane's end. */
 static void zero_flat(const esp_step *s, float *out, int64_t row, int64_t begin, int64_t end)
 {
-    const int64_t width = s->out.size[3], stride = s->out.stride[2], side = stride - width;
     float *plane = out + row * s->out.stride[1];
-    for (int64_t y = begin / stride; side && y * stride + width < end; y++) {
-        int64_t from = y * stride + width, upto = from + side;
-        from = from < begin ? begin : from;
-        upto = upto > end ? end : upto;
-        for (; from < upto; from++) plane[from] = 0;
-    }
-    if (end == s->param[CONV_LENGTH]) zero_floats(plane + end, s->out.stride[1] - end);
+    if (end >= s->param[CONV_LENGTH]) zero_floats(plane + s->param[CONV_LENGTH], s->out.stride[1] - s->param[CONV_LENGTH]);
     if (begin == 0 && row == 0) zero_floats(out - s->front, s->front);
 }
 
@@ -171,6 +192,18 @@ typedef struct {
 
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+/* Which lanes are pixels: all but the side margins. */
+static void mask_margins(spots *at, const esp_step *s, int64_t first, int count)
+{
+    const int64_t stride = s->out.stride[2], width = s->out.size[3], upto = first + count * ESP_WIDTH;
+    uint32_t bits[8];
+    for (int v = 0; v < count; v++) bits[v] = ~0u;
+    for (int64_t margin = first / stride * stride + width; margin < upto; margin += stride)
+        for (int64_t i = margin > first ? margin : first; i < margin + stride - width && i < upto; i++)
+            bits[(i - first) / ESP_WIDTH] &= ~(1u << (i - first) % ESP_WIDTH);
+    for (int v = 0; v < count; v++) at->pixels[v] = lanes_of(bits[v]);
+}
+
 /* `count` units in the only segment, counted from its pixel `first`. */
 ESP_INLINE void flat_spots(spots *at, const esp_step *s, int64_t first, int count)
 {
@@ -182,13 +215,15 @@ ESP_INLINE void flat_spots(spots *at, const esp_step *s, int64_t first, int coun
     at->run = true;
     at->plain = left >= ESP_WIDTH;
     if (!at->plain) at->lanes[count - 1] = at->stored[count - 1] = (int)left;
+    at->masked = s->margins && s->out.size[2] > 1 && s->out.stride[2] > s->out.size[3];
+    if (at->masked) mask_margins(at, s, first, count);
 }
 
 /* The next `count` units from (*segment, *vector) on. */
 ESP_INLINE void next_spots(spots *at, const esp_step *s, const cut *c, int64_t *segment, int64_t *vector, int count)
 {
     const int64_t *p = s->param;
-    at->run = at->plain = false;
+    at->run = at->plain = at->masked = false;
     for (int v = 0; v < count; v++) {
         const int64_t pixel = *vector * ESP_WIDTH, left = p[CONV_LENGTH] - pixel;
         at->in[v] = *segment * p[CONV_IN_STRIDE] + pixel;
@@ -202,26 +237,12 @@ ESP_INLINE void next_spots(spots *at, const esp_step *s, const cut *c, int64_t *
     }
 }
 
-/* Blocks first..upto at one tile: b is the part that all of them share. */
-ESP_INLINE void run_tile(block b, int64_t first, int64_t upto, tile_function tile, int M, const spots *at)
-{
-    const esp_step *s = b.step;
-    for (int64_t i = first; i < upto; i++) {
-        b.index = s->index + s->starts[i];
-        b.columns = s->starts[i + 1] - s->starts[i];
-        b.rows = s->rows + i * b.height;
-        b.values = s->values + s->starts[i] * b.height;
-        for (int64_t r = 0; r < b.height; r += M, b.rows += M, b.values += M) tile(&b, at);
-    }
-}
-
 /* The margins that units begin..end of a row of the output leave to be zeroed. */
 static void zero_margins(const esp_step *s, const cut *c, float *out, int64_t row, int64_t begin, int64_t end)
 {
     const int64_t *p = s->param;
     if (p[CONV_SEGMENTS] == 1 && s->out.size[2] > 1) {
-        const int64_t last = end * ESP_WIDTH;
-        zero_flat(s, out, row, begin * ESP_WIDTH, last < p[CONV_LENGTH] ? last : p[CONV_LENGTH]);
+        zero_flat(s, out, row, begin * ESP_WIDTH, end * ESP_WIDTH);
         return;
     }
     /* the segments whose last vector lies in begin..end */
@@ -234,7 +255,7 @@ static void zero_margins(const esp_step *s, const cut *c, float *out, int64_t ro
 
 /* Blocks first..upto at units begin..end, in tiles of nearly equal width. All blocks at one tile before the next, and
  * all tiles before the next group: its weights stay in the nearest cache, what tiles read comes from the second. */
-static void run_blocks(const block *b, int64_t first, int64_t upto, const tile_function *tiles, int M, int widest,
+static void run_blocks(const block *b, int64_t first, int64_t upto, const tile_function *tiles, int widest,
     const cut *c, int64_t begin, int64_t end)
 {
     const esp_step *s = b->step;
@@ -247,7 +268,7 @@ static void run_blocks(const block *b, int64_t first, int64_t upto, const tile_f
             flat_spots(&at, s, (begin + t * narrow + (t < wider ? t : wider)) * ESP_WIDTH, wide);
         else
             next_spots(&at, s, c, &segment, &vector, wide);
-        run_tile(*b, first, upto, tiles[wide - 1], M, &at);
+        tiles[wide - 1](b, first, upto, &at);
     }
     for (int64_t r = first * b->height; r < upto * b->height && s->margins; r++)
         if (s->rows[r] >= 0) zero_margins(s, c, b->out, s->rows[r], begin, end);
@@ -336,7 +357,7 @@ static int64_t blocks_before(const esp_step *s, const cut *c, int64_t from, int6
 
 /* Chunks of pixels one after another, in each all blocks: what a chunk reads stays in the second cache. Threads get
  * equal shares of the sequence by its cost. */
-static void run(const esp_step *s, const esp_frame *f, int part, int parts, const tile_function *tiles, int M, int widest)
+static void run(const esp_step *s, const esp_frame *f, int part, int parts, const tile_function *tiles, int widest)
 {
     const int64_t height = s->param[CONV_HEIGHT];
     const cut c = cut_of(s, parts);
@@ -353,7 +374,7 @@ static void run(const esp_step *s, const esp_frame *f, int part, int parts, cons
         int64_t first = blocks_before(s, &c, from, count, begin);
         while (first < limit) {
             const int64_t next = group_end(s, first, limit, height);
-            run_blocks(&b, first, next, tiles, M, widest, &c, from, upto);
+            run_blocks(&b, first, next, tiles, widest, &c, from, upto);
             first = next;
         }
     }
@@ -362,7 +383,7 @@ static void run(const esp_step *s, const esp_frame *f, int part, int parts, cons
 #define KERNEL(HEIGHT, M) \
     void ESP_NAME(conv_##HEIGHT)(const esp_step *s, const esp_frame *f, int part, int parts) \
     { \
-        run(s, f, part, parts, tiles_##M, M, (int)(sizeof tiles_##M / sizeof *tiles_##M)); \
+        run(s, f, part, parts, tiles_##M, (int)(sizeof tiles_##M / sizeof *tiles_##M)); \
     }
 KERNEL(1, 1)
 KERNEL(2, 2)

@@ -4,31 +4,11 @@
 #include "planes.h"
 #include "simd.h"
 
-ESP_INLINE void copy_row(float *to, int64_t to_stride, const float *from, int64_t from_stride, int64_t count)
-{
-    if (to_stride == 1 && from_stride == 1)
-        memcpy(to, from, (size_t)count * sizeof *to);
-    else
-        for (int64_t i = 0; i < count; i++) to[i * to_stride] = from[i * from_stride];
-}
-
-void ESP_NAME(copy)(const esp_step *s, const esp_frame *f, int part, int parts)
-{
-    float *out = esp_target(&s->out, f);
-    const float *in = esp_source(&s->a, f);
-    const patch p = share_planes(&s->out, part, parts, by_rows(&s->out));
-    plane_row r = first_row(&s->out, &p);
-    for (int64_t i = rows_of(&p); i > 0; i--, next_row(&s->out, &p, &r)) {
-        copy_row(out + place(&s->out, r), s->out.stride[3], in + place(&s->a, r), s->a.stride[3], s->out.size[3]);
-        zero_margin(s, out, r.c, r.y);
-    }
-}
-
-/* to[i] = from[2 * i]; vectors may read up to `end` */
-ESP_INLINE void pick_even(float *to, const float *from, int64_t count, const float *end)
+/* to[i] = from[2 * i]; `reach` floats from `from` on may be read */
+ESP_INLINE void pick_even(float *to, const float *from, int64_t count, int64_t reach)
 {
     int64_t i = 0;
-    for (; i < count && from + 2 * i + 2 * ESP_WIDTH <= end; i += ESP_WIDTH) {
+    for (; i < count && 2 * i + 2 * ESP_WIDTH <= reach; i += ESP_WIDTH) {
         const vec picked = even_lanes(load(from + 2 * i), load(from + 2 * i + ESP_WIDTH));
         if (count - i >= ESP_WIDTH)
             store(to + i, picked);
@@ -38,6 +18,65 @@ ESP_INLINE void pick_even(float *to, const float *from, int64_t count, const flo
     for (; i < count; i++) to[i] = from[2 * i];
 }
 
+ESP_INLINE void copy_row(
+    float *to, int64_t to_stride, const float *from, int64_t from_stride, int64_t count, int64_t reach)
+{
+    if (to_stride == 1 && from_stride == 1)
+        memcpy(to, from, (size_t)count * sizeof *to);
+    else if (to_stride == 1 && from_stride == 2)
+        pick_even(to, from, count, reach);
+    else
+        for (int64_t i = 0; i < count; i++) to[i * to_stride] = from[i * from_stride];
+}
+
+/* Behind the last float of an operand that lies at `in`. */
+static const float *end_of(const esp_operand *o, const float *in)
+{
+    const float *end = in + 1;
+    for (int d = 1; d < 4; d++) end += (o->size[d] - 1) * o->stride[d];
+    return end;
+}
+
+void ESP_NAME(copy)(const esp_step *s, const esp_frame *f, int part, int parts)
+{
+    float *out = esp_target(&s->out, f);
+    const float *in = esp_source(&s->a, f), *end = end_of(&s->a, in);
+    const patch p = share_planes(&s->out, part, parts, by_rows(&s->out));
+    plane_row r = first_row(&s->out, &p);
+    for (int64_t i = rows_of(&p); i > 0; i--, next_row(&s->out, &p, &r)) {
+        const float *from = in + place(&s->a, r);
+        copy_row(out + place(&s->out, r), s->out.stride[3], from, s->a.stride[3], s->out.size[3], end - from);
+        zero_margin(s, out, r.c, r.y);
+    }
+}
+
+/* Of `size` places along a side, the first that a phase takes, and behind the last: 0 <= place * stride + from < room. */
+static void inside_of(int64_t size, int64_t stride, int64_t from, int64_t room, int64_t *low, int64_t *high)
+{
+    *low = from < 0 ? (-from + stride - 1) / stride : 0;
+    *high = room > from ? (room - 1 - from) / stride + 1 : 0;
+    *high = *high > size ? size : *high;
+    *low = *low > *high ? *high : *low;
+}
+
+/* Rows of every second pixel, first in front of it and from last on a zero where there is no pixel. */
+static void pick_rows(float *to, int64_t to_stride, int64_t width, const float *from, int64_t from_stride, int64_t rows,
+    int64_t first, int64_t last)
+{
+    for (; rows > 0; rows--, to += to_stride, from += from_stride) {
+        if (first) to[0] = 0;
+        for (int64_t x = first; x < last; x += ESP_WIDTH) {
+            const float *two = from + 2 * (x - first);
+            const vec picked = even_lanes(load(two), load(two + ESP_WIDTH));
+            if (last - x >= ESP_WIDTH)
+                store(to + x, picked);
+            else
+                store_part(to + x, picked, (int)(last - x));
+        }
+        if (last < width) to[last] = 0;
+    }
+}
+
 /* Rows of one phase of one plane: out[y, x] = in[y * sy + y0, x * sx + x0], zero outside the image. */
 static void gather_rows(const esp_step *s, const patch *p, float *out, const float *in, const float *end, int64_t y0,
     int64_t x0)
@@ -45,25 +84,30 @@ static void gather_rows(const esp_step *s, const patch *p, float *out, const flo
     const esp_operand *a = &s->a;
     const int64_t sy = s->param[GATHER_STRIDE_Y], sx = s->param[GATHER_STRIDE_X];
     const int64_t width = s->out.size[3], step = s->out.stride[3], from_step = sx * a->stride[3];
-    /* the x that lie in the image: 0 <= x * sx + x0 < size */
-    const int64_t room = a->size[3] - 1 - x0;
-    int64_t high = room < 0 ? 0 : room / sx + 1, low = x0 < 0 ? (-x0 + sx - 1) / sx : 0;
-    high = high > width ? width : high;
-    low = low > high ? high : low;
+    int64_t low, high, above, below;
+    inside_of(width, sx, x0, a->size[3], &low, &high);
+    inside_of(s->out.size[2], sy, y0, a->size[2], &above, &below);
+    const int64_t count = high - low;
+    if (step == 1 && from_step == 2 && low <= 1 && high >= width - 1 && a->space != ESP_INPUT) {
+        above = above < p->row ? p->row : above;
+        below = below > p->last_row ? p->last_row : below;
+        float *to = out + above * s->out.stride[2];
+        const float *from = in + (above * sy + y0) * a->stride[2] + low * 2 + x0;
+        pick_rows(to, s->out.stride[2], width, from, sy * a->stride[2], below - above, low, high);
+        for (int64_t row = p->row; row < p->last_row; row++)
+            if (row < above || row >= below) zero_floats(out + row * s->out.stride[2], width);
+        return;
+    }
     for (int64_t row = p->row; row < p->last_row; row++) {
         float *to = out + row * s->out.stride[2];
-        const int64_t y = row * sy + y0;
-        const bool inside = y >= 0 && y < a->size[2] && high > low;
-        const int64_t first = inside ? low : 0, last = inside ? high : 0;
-        for (int64_t x = 0; x < first; x++) to[x * step] = 0;
-        if (inside) {
-            const float *from = in + y * a->stride[2] + (low * sx + x0) * a->stride[3];
-            if (step == 1 && from_step == 2)
-                pick_even(to + low, from, last - first, end);
-            else
-                copy_row(to + low * step, step, from, from_step, last - first);
+        if (row < above || row >= below) {
+            for (int64_t x = 0; x < width; x++) to[x * step] = 0;
+            continue;
         }
-        for (int64_t x = last; x < width; x++) to[x * step] = 0;
+        const float *from = in + (row * sy + y0) * a->stride[2] + (low * sx + x0) * a->stride[3];
+        for (int64_t x = 0; x < low; x++) to[x * step] = 0;
+        copy_row(to + low * step, step, from, from_step, count, end - from);
+        for (int64_t x = high; x < width; x++) to[x * step] = 0;
     }
 }
 
@@ -121,15 +165,15 @@ void ESP_NAME(gather)(const esp_step *s, const esp_frame *f, int part, int parts
 {
     const esp_operand *a = &s->a;
     float *out = esp_target(&s->out, f);
-    const float *in = esp_source(a, f), *end = in + 1;
-    for (int d = 1; d < 4; d++) end += (a->size[d] - 1) * a->stride[d];
+    const float *in = esp_source(a, f), *end = end_of(a, in);
     const patch p = share_planes(&s->out, part, parts, by_rows(&s->out));
-    const int64_t channels = s->out.size[1];
+    const int64_t phases = s->out.size[0], channels = s->out.size[1];
     const bool whole = moves_whole(s) && p.row == 0 && p.last_row == s->out.size[2];
     masks m;
     if (whole) fill_masks(s, &m);
     for (int64_t i = p.plane; i < p.last_plane; i++) {
-        const int64_t n = i / channels, c = i % channels, row = s->index[2 * n] * a->stride[2];
+        /* all phases of a plane while it is near */
+        const int64_t n = i % phases, c = i / phases, row = s->index[2 * n] * a->stride[2];
         /* the planes beside this one are read with it: the first and the last have none */
         const int64_t first = c * a->stride[1] + row + s->index[2 * n + 1], last = first + (whole ? m.vectors * ESP_WIDTH : 0);
         if (whole && first >= 0 && last <= (channels - 1) * a->stride[1]) {
@@ -144,12 +188,15 @@ void ESP_NAME(gather)(const esp_step *s, const esp_frame *f, int part, int parts
 
 void ESP_NAME(fill)(const esp_step *s, const esp_frame *f, int part, int parts)
 {
-    float *out = esp_target(&s->out, f);
-    const patch p = share_planes(&s->out, part, parts, by_rows(&s->out));
-    plane_row r = first_row(&s->out, &p);
-    for (int64_t i = rows_of(&p); i > 0; i--, next_row(&s->out, &p, &r)) {
-        float *row = out + place(&s->out, r);
-        for (int64_t x = 0; x < s->out.size[3]; x++) row[x * s->out.stride[3]] = s->act_a;
+    const esp_operand *o = &s->out;
+    float *out = esp_target(o, f);
+    const patch p = share_planes(o, part, parts, by_rows(o));
+    plane_row r = first_row(o, &p);
+    for (int64_t i = rows_of(&p); i > 0; i--, next_row(o, &p, &r)) {
+        float *row = out + place(o, r);
+        int64_t x = 0;
+        for (; o->stride[3] == 1 && x + ESP_WIDTH <= o->size[3]; x += ESP_WIDTH) store(row + x, splat(s->act_a));
+        for (; x < o->size[3]; x++) row[x * o->stride[3]] = s->act_a;
         zero_margin(s, out, r.c, r.y);
     }
 }

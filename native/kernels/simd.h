@@ -80,6 +80,18 @@ ESP_INLINE lanes lanes_between(int low, int high)
 #endif
 }
 
+/* those whose bit is set, of the lowest ESP_WIDTH bits */
+ESP_INLINE lanes lanes_of(uint32_t bits)
+{
+#if ESP_WIDTH == 16
+    return (__mmask16)bits;
+#else
+    ivec lane;
+    for (int i = 0; i < ESP_WIDTH; i++) lane[i] = 1 << i;
+    return (lanes)((((ivec){0} + (int32_t)bits) & lane) != 0);
+#endif
+}
+
 ESP_INLINE vec load_lanes(const float *p, lanes which)
 {
 #if ESP_WIDTH == 16

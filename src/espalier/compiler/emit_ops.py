@@ -161,13 +161,30 @@ def reduced(node: Node, rank: int) -> list[int]:
 def pad(e: Emitter, node: Node) -> None:
     """Fill the output with the number, then copy x into it. Amounts are 0 or more (`support`)."""
     x, y = e.places[str(node.inputs[0])], e.target(node.outputs[0])
-    e.clear(y, f"{node.name}/fill", float(node.attrs["value"]))
-    amounts = list(node.attrs["amounts"])
+    amounts, value = list(node.attrs["amounts"]), float(node.attrs["value"])
+    if len(y.shape) == 3 and not any(amounts[:4]):
+        _pad_channels(e, node, x, y, value)
+        return
+    e.clear(y, f"{node.name}/fill", value)
     before = [0] * len(y.shape)
     for k in range(len(amounts) // 2):
         before[-1 - k] = amounts[2 * k]
     offset = y.offset + int(np.dot(before, y.strides))
     _copy_inside(e, node, x, Place(x.shape, y.strides, offset, y.storage))
+
+
+def _pad_channels(e: Emitter, node: Node, x: Place, y: Place, value: float) -> None:
+    """Whole planes of the number in front of those of x, and behind them: nothing is written twice."""
+    before = (*node.attrs["amounts"], 0, 0)[4]
+    ends = {"fill": before, "copy": before + x.shape[0], "fill behind": y.shape[0]}
+    first = 0
+    for name, upto in ends.items():
+        part = Place((upto - first, *y.shape[1:]), y.strides, y.offset + first * y.strides[0], y.storage)
+        if name == "copy":
+            e.copy(x, part, f"{node.name}/copy", (node.name,))
+        elif upto > first:
+            e.clear(part, f"{node.name}/{name}", value)
+        first = upto
 
 
 def _copy_inside(e: Emitter, node: Node, x: Place, inside: Place) -> None:
