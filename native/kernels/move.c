@@ -88,7 +88,8 @@ static void gather_rows(const esp_step *s, const patch *p, float *out, const flo
     inside_of(width, sx, x0, a->size[3], &low, &high);
     inside_of(s->out.size[2], sy, y0, a->size[2], &above, &below);
     const int64_t count = high - low;
-    if (step == 1 && from_step == 2 && low <= 1 && high >= width - 1 && a->space != ESP_INPUT) {
+    const bool own = a->space == ESP_ARENA || a->space == ESP_SCRATCH; /* what lies behind may be read */
+    if (own && step == 1 && from_step == 2 && low <= 1 && high >= width - 1) {
         above = above < p->row ? p->row : above;
         below = below > p->last_row ? p->last_row : below;
         float *to = out + above * s->out.stride[2];

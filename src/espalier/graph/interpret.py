@@ -48,8 +48,10 @@ def apply(node: Node, inputs: Sequence[Tensor | None], training: bool = False) -
 
 def assemble(tree: Any, leaves: Sequence[Any]) -> Any:
     """`leaves` put into the form of `tree`: indices and None, in lists and dicts."""
-    if isinstance(tree, Mapping):
-        return {key: assemble(value, leaves) for key, value in tree.items()}
+    if isinstance(tree, int):
+        return leaves[tree]
     if isinstance(tree, list):
         return tuple(assemble(value, leaves) for value in tree)
-    return None if tree is None else leaves[tree]
+    if isinstance(tree, Mapping):
+        return {key: assemble(value, leaves) for key, value in tree.items()}
+    return None

@@ -58,6 +58,7 @@ CHANNELS = _COARSE[1]  # what a depthwise conv may get: whole channels, which go
 WINDOWED = (
     Candidate("weight"),
     Candidate("pattern+kernel"),
+    Candidate("block_punched", {"m": 2, "n": 1}),
     Candidate("block_punched", {"m": 4, "n": 1}),
     Candidate("block_punched", {"m": 8, "n": 1}),
     Candidate("block_punched", {"m": 8, "n": 4}),

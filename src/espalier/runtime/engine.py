@@ -18,6 +18,7 @@ import numpy as np
 import espalier
 from espalier.errors import EngineError
 
+_FLOAT = np.dtype(np.float32)
 _VERSION = 1
 _BUSY, _BAD_VERSION = 6, 3
 _NAME = {"darwin": "libespalier.dylib", "win32": "espalier.dll"}.get(sys.platform, "libespalier.so")
@@ -187,6 +188,7 @@ class Context:
         if code:
             raise EngineError(message.value.decode(errors="replace"), code)
         self._handle, self.process = handle, os.getpid()
+        self._pointers = [c_void_p * max(1, len(ends)) for ends in (program.inputs, program.outputs)]
 
     def __del__(self) -> None:
         if self._handle is not None and self.process == os.getpid():  # its threads did not follow a fork
@@ -195,12 +197,11 @@ class Context:
     def run(self, inputs: Sequence[np.ndarray], batch: int) -> list[np.ndarray]:
         """Outputs for `batch` samples; inputs are contiguous float32 ``[batch, *shape]`` and checked by the caller."""
         shapes = [(batch, *shape) for _, shape in self.program.inputs]
-        if [i.shape for i in inputs] != shapes or not all(
-            i.flags.c_contiguous and i.dtype == np.float32 for i in inputs
-        ):
+        fits = [x.shape for x in inputs] == shapes
+        if not fits or not all(x.flags.c_contiguous and x.dtype == _FLOAT for x in inputs):
             raise EngineError(f"the program takes contiguous float32 arrays of shapes {shapes}", 1)
-        outputs = [np.empty((batch, *shape), np.float32) for _, shape in self.program.outputs]
-        pointers = [(c_void_p * max(1, len(a)))(*[x.ctypes.data for x in a]) for a in (inputs, outputs)]
+        outputs = [np.empty((batch, *shape), _FLOAT) for _, shape in self.program.outputs]
+        pointers = [made(*map(_address, a)) for made, a in zip(self._pointers, (inputs, outputs))]
         code = self._library.esp_run(self._handle, batch, *pointers)
         if code:
             raise EngineError(f"the engine refused to run: {self.program._code_name(code)}", code)
@@ -213,3 +214,7 @@ class Context:
     def step_ms(self) -> list[float]:
         """Milliseconds spent in each step since `profile`."""
         return [self._library.esp_step_ms(self._handle, i) for i in range(len(self.program.steps))]
+
+
+def _address(x: np.ndarray) -> int:
+    return int(x.__array_interface__["data"][0])  # half the time of x.ctypes.data

@@ -19,12 +19,13 @@ from espalier.compiler.program import Step
 from espalier.errors import ShapeError
 from espalier.graph.capture import ExampleInputs, capture
 from espalier.graph.interpret import assemble, run_values
-from espalier.graph.ir import Graph
+from espalier.graph.ir import Graph, Value
 from espalier.graph.module import to_module
 from espalier.runtime.engine import Context, LoadedProgram
 from espalier.runtime.tune import tuned
 
 MOST_SAMPLES = 2**31 - 1  # in one call, as in esp_run
+_ARRAYS = {torch.float32: np.dtype(np.float32), torch.int64: np.dtype(np.int64), torch.bool: np.dtype(np.bool_)}
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,32 @@ class StepRow:
     reason: str
     nonzeros: int
     weights: int
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """An input as calls must give it. array: the dtype's name in numpy. sizes: of a sample, or of the whole tensor."""
+
+    dtype: torch.dtype
+    array: object
+    sizes: tuple[int, ...]
+    batched: bool
+
+    @classmethod
+    def of(cls, value: Value) -> _Taken:
+        sizes = value.shape[1:] if value.batched else value.shape
+        return cls(value.dtype, _ARRAYS.get(value.dtype, object()), tuple(sizes), value.batched)
+
+    def fits(self, x: Any, batch: int | None) -> bool:
+        """Whether it is as it must be; a microsecond counts here. False may be wrong: then look closely."""
+        kind, shape = type(x), tuple(x.shape)
+        if kind is Tensor:
+            right = x.dtype is self.dtype
+        else:
+            right = kind is np.ndarray and x.dtype == self.array
+        if not self.batched:
+            return right and shape == self.sizes
+        return right and shape[1:] == self.sizes and len(shape) > 0 and batch in (None, shape[0])
 
 
 class _Native:
@@ -120,6 +147,7 @@ class Executable:
             with torch.inference_mode(False), torch.no_grad(), choosing(tuned(graph, self.threads) if tune else None):
                 pieces = split(graph)
         self._batch = batch_of(graph)
+        self._takes = [_Taken.of(graph.values[name]) for name in graph.inputs]
         self._runners = [_Native(p, self.threads) if p.program else _Torch(p) for p in pieces]
         self._pieces = tuple(replace(p, code=b"") for p in pieces)  # the engine has its own copy
 
@@ -198,6 +226,19 @@ class Executable:
         return assemble(self.graph.output_tree, [_array(x) if numpy else _tensor(x) for x in leaves])
 
     def _checked(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
+        """The inputs in their order. Raises ShapeError."""
+        if not named and len(inputs) == len(self._takes):
+            batch = None
+            for x, taken in zip(inputs, self._takes):
+                if not (hasattr(x, "shape") and taken.fits(x, batch)):
+                    break
+                batch = x.shape[0] if taken.batched else batch
+            else:
+                return list(inputs)
+        return self._looked_at(inputs, named)
+
+    def _looked_at(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
+        """The same, slowly, to say what is wrong."""
         names = self.graph.inputs
         unknown = [n for n in named if n not in names[len(inputs) :]]
         if unknown or len(inputs) + len(named) != len(names):
@@ -255,9 +296,7 @@ def _shown(shape: Sequence[Any]) -> str:
 
 
 def _array(x: Any) -> np.ndarray:
-    if isinstance(x, Tensor):
-        x = x.detach().cpu().contiguous().numpy()
-    return np.ascontiguousarray(x)
+    return np.ascontiguousarray(x.numpy(force=True) if isinstance(x, Tensor) else x)
 
 
 def _tensor(x: Any) -> Tensor:
