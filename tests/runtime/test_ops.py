@@ -128,6 +128,8 @@ OPS = {
     "expand": lambda m, x: x.mean((2, 3), keepdim=True).expand(-1, -1, 4, 5).relu(),
     "split": lambda m, x: [part.relu() for part in x.split([1, 2, 3], 1)],
     "pad": lambda m, x: F.pad(x.relu(), (1, 2, 0, 3), value=0.5),
+    "pad channels": lambda m, x: F.pad(x.relu(), (0, 0, 0, 0, 1, 2), value=0.5),
+    "pad channels behind": lambda m, x: F.pad(x, (0, 0, 0, 0, 0, 3)),
     "permute": lambda m, x: x.permute(0, 2, 3, 1).relu().reshape(x.shape[0], -1),
     "shuffle": lambda m, x: x.reshape(x.shape[0], 2, 3, *x.shape[2:]).transpose(1, 2).flatten(1, 2).relu(),
     "flatten": lambda m, x: (x * 2).flatten(1),

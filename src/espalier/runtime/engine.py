@@ -188,7 +188,8 @@ class Context:
         if code:
             raise EngineError(message.value.decode(errors="replace"), code)
         self._handle, self.process = handle, os.getpid()
-        self._pointers = [c_void_p * max(1, len(ends)) for ends in (program.inputs, program.outputs)]
+        self._shapes = [[shape for _, shape in ends] for ends in (program.inputs, program.outputs)]
+        self._pointers = [(c_void_p * max(1, len(shapes)))() for shapes in self._shapes]
 
     def __del__(self) -> None:
         if self._handle is not None and self.process == os.getpid():  # its threads did not follow a fork
@@ -196,13 +197,18 @@ class Context:
 
     def run(self, inputs: Sequence[np.ndarray], batch: int) -> list[np.ndarray]:
         """Outputs for `batch` samples; inputs are contiguous float32 ``[batch, *shape]`` and checked by the caller."""
-        shapes = [(batch, *shape) for _, shape in self.program.inputs]
-        fits = [x.shape for x in inputs] == shapes
-        if not fits or not all(x.flags.c_contiguous and x.dtype == _FLOAT for x in inputs):
+        taken, made = self._shapes
+        outputs = [np.empty((batch, *shape), _FLOAT) for shape in made]
+        fits = len(inputs) == len(taken)
+        for x, shape in zip(inputs, taken):
+            fits = fits and x.shape == (batch, *shape) and x.dtype == _FLOAT and x.flags.c_contiguous
+        if not fits:
+            shapes = [(batch, *shape) for shape in taken]
             raise EngineError(f"the program takes contiguous float32 arrays of shapes {shapes}", 1)
-        outputs = [np.empty((batch, *shape), _FLOAT) for _, shape in self.program.outputs]
-        pointers = [made(*map(_address, a)) for made, a in zip(self._pointers, (inputs, outputs))]
-        code = self._library.esp_run(self._handle, batch, *pointers)
+        for pointers, arrays in zip(self._pointers, (inputs, outputs)):
+            for i, x in enumerate(arrays):
+                pointers[i] = x.__array_interface__["data"][0]  # half the time of x.ctypes.data
+        code = self._library.esp_run(self._handle, batch, *self._pointers)
         if code:
             raise EngineError(f"the engine refused to run: {self.program._code_name(code)}", code)
         return outputs
@@ -215,6 +221,3 @@ class Context:
         """Milliseconds spent in each step since `profile`."""
         return [self._library.esp_step_ms(self._handle, i) for i in range(len(self.program.steps))]
 
-
-def _address(x: np.ndarray) -> int:
-    return int(x.__array_interface__["data"][0])  # half the time of x.ctypes.data
