@@ -220,4 +220,3 @@ class Context:
     def step_ms(self) -> list[float]:
         """Milliseconds spent in each step since `profile`."""
         return [self._library.esp_step_ms(self._handle, i) for i in range(len(self.program.steps))]
-
