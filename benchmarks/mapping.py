@@ -217,15 +217,16 @@ def train(cell: Cell, a: argparse.Namespace) -> dict[str, Any]:
     network, teacher = pretrained(a.weights), teacher_of(cell, a)
     recipe = Recipe(lr=a.lr, weight_decay=1e-4, distill=a.distill, precision=a.precision, seed=a.seed)
     facts: dict[str, Any] = {"method": a.method}
+    shaping = max(1, min(SHAPING, cell.epochs // 2))
     if cell.epochs == a.long:
         recipe = dataclasses.replace(recipe, lr=a.long_lr, distill=a.long_distill)
-        facts["teacher"] = a.teacher
+        facts["teacher"], shaping = Path(a.teacher).name, a.long_shaping
     work = Workspace(cell_folder(cell, a), {"recipe": dataclasses.asdict(recipe), **facts}, resume=True)
-    shaping = max(1, min(SHAPING, cell.epochs // 2))
-    steps = shaping * data.train.steps(recipe.batch_size)
+    method = get(a.method) if shaping else get("magnitude", ramp="jump")
+    steps = max(1, shaping * data.train.steps(recipe.batch_size))
     plan = es.Plan.from_toml(json.loads((Path(a.out) / "plans.json").read_text())[cell.name]["toml"])
     seed_everything(a.seed)
-    run = es.start(network, plan, a.method, example(), steps=steps)
+    run = es.start(network, plan, method, example(), steps=steps)
 
     Training(network, data, work, teacher=teacher).into_plan(run, recipe, shaping, cell.epochs - shaping)
     size = es.size(es.capture(es.shrink(network.eval(), example()), example()))
@@ -302,7 +303,8 @@ def report(setting: Setting, plans: dict[str, dict[str, str]], done: dict[Cell, 
             "toml": plans[cell.name]["toml"],
         }
         if cell.epochs == a.long:
-            rows[key_of(cell)] |= {"lr": a.long_lr, "distill": a.long_distill, "teacher": a.teacher or DENSE}
+            told = {"lr": a.long_lr, "distill": a.long_distill, "shaping": a.long_shaping}
+            rows[key_of(cell)] |= {**told, "teacher": a.teacher.partition(":")[0] or DENSE}
     for row in rows.values():  # those of equal epochs that are as fast and more accurate
         row["beaten_by"] = [
             key
@@ -343,18 +345,19 @@ def main() -> None:
     parser = options(__doc__)
     parser.set_defaults(out="out/mapping")
     parser.add_argument("--weights", default="cifar10_resnet20.safetensors")
-    parser.add_argument("--epochs", type=int, default=5, help="of each plan")
+    parser.add_argument("--epochs", type=int, default=4, help="of each plan")
     parser.add_argument("--long", type=int, default=15, help="epochs of one more training of the rule's plan; 0: none")
-    parser.add_argument("--long-speedup", type=float, default=3.05)
+    parser.add_argument("--long-speedup", type=float, default=2.88)
     parser.add_argument("--long-lr", type=float, default=0.05)
     parser.add_argument("--long-distill", type=float, default=0.5)
+    parser.add_argument("--long-shaping", type=int, default=SHAPING, help="epochs of it; 0: pruned in one shot")
     parser.add_argument("--teacher", default="", help="of the long training, as resnet56:FILE; default: dense itself")
-    parser.add_argument("--speedups", default="2.6,3.3", help="over our own dense network")
-    parser.add_argument("--method", choices=list(es.METHODS), default="admm")
+    parser.add_argument("--speedups", default="3.3", help="over our own dense network")
+    parser.add_argument("--method", choices=list(es.METHODS), default="magnitude")
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--distill", type=float, default=0.5)
     parser.add_argument("--precision", default="bf16-mixed")
-    parser.add_argument("--trials", type=int, default=24, help="of the search, for each speedup")
+    parser.add_argument("--trials", type=int, default=16, help="of the search, for each speedup")
     parser.add_argument("--trial-images", type=int, default=5000)
     parser.add_argument("--images", type=int, default=0, help="of each part of the data, to try it out; 0: all")
     parser.add_argument("--threads", type=int, default=1, help="of the latency")

@@ -57,11 +57,12 @@ class Training:
         return state
 
     def into_plan(self, run: Run, recipe: Recipe, shaping: int, retraining: int) -> None:
-        """Shape the network in so many epochs, cut, and retrain what lives; `run` knows the steps of the shaping."""
+        """Shape the network in so many epochs (0: not at all), cut, and retrain what lives; `run` knows the steps."""
         self.run = run
 
         def shape() -> None:
-            self.fit("shape", replace(recipe, epochs=shaping))
+            if shaping:
+                self.fit("shape", replace(recipe, epochs=shaping))
             run.finish()
             recalibrate(self.model, self.data.train)
 
