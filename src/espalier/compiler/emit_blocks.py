@@ -109,7 +109,16 @@ def _arrays(choice: Choice, index: np.ndarray, bias: np.ndarray | None) -> dict[
 
 
 def _columns(e: Emitter, node: Node, shape: tuple[int, ...], columns: np.ndarray) -> tuple[Place, np.ndarray]:
-    """What the kernel reads, and where in it, relative to its pixel (0, 0, 0), each column begins."""
+    """What the kernel reads, and where in it, relative to its pixel (0, 0, 0), each of `columns` begins."""
+    used = np.flatnonzero(np.bincount(columns))  # blocks share columns: each is found once
+    source, begins = _begins(e, node, shape, used)
+    table = np.zeros(int(used[-1]) + 1 if used.size else 0, np.int64)
+    table[used] = begins
+    return source, table[columns]
+
+
+def _begins(e: Emitter, node: Node, shape: tuple[int, ...], columns: np.ndarray) -> tuple[Place, np.ndarray]:
+    """As `_columns`, for columns that differ."""
     _, _, kernel_y, kernel_x = shape
     channel, tap = np.divmod(columns.astype(np.int64), kernel_y * kernel_x)
     y, x = np.divmod(tap, kernel_x)
