@@ -14,7 +14,7 @@ import espalier as es
 from espalier import compiler
 from espalier.errors import PlanError, UnknownNameError
 from espalier.mapping import cache, check, clock, latency, latency_model, mean_error
-from espalier.mapping.candidates import GRID, WIDE_GRID, find, ladder
+from espalier.mapping.candidates import GRID, find, ladder
 from espalier.mapping.clock import Profile
 from espalier.mapping.latency import label_of, rising
 from espalier.mapping.layers import layers

@@ -34,8 +34,8 @@ class Choice:
     work: float = 1.0
 
 
-# (matrix, op) -> the name of a format, one of `formats`; None to leave it to the estimate.
-Chooser = Callable[[np.ndarray, str], str | None]
+# (matrix, op) -> the name of a format, one of `formats`, or the very blocks; None to leave it to the estimate.
+Chooser = Callable[[np.ndarray, str], str | Choice | None]
 _chooser: ContextVar[Chooser | None] = ContextVar("chooser", default=None)
 
 
@@ -76,6 +76,8 @@ def choose(matrix: np.ndarray, op: str) -> Choice:
     name = chooser(matrix, op) if chooser else None
     if name is None:
         return _estimated(matrix, op)
+    if isinstance(name, Choice):
+        return name
     density = np.count_nonzero(matrix) / max(1, matrix.size)
     return stored(matrix, name, f"density {density:.2f}, fastest of those measured here")
 

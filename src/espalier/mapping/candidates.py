@@ -16,8 +16,7 @@ from typing import Any
 from espalier.mapping.layers import Layer
 from espalier.sparsity import Scheme, ceiling, scheme, unfit
 
-GRID = (0.7, 0.45, 0.3, 0.2, 0.1, 0.05, 0.025)  # densities that are measured; in between, the table interpolates
-BIG, WIDE_GRID = 1_000_000, (0.45, 0.2, 0.05, 0.025)  # of layers of so many weights
+GRID = (0.45, 0.2, 0.05, 0.025)  # densities that are measured; in between, the table interpolates
 
 
 @dataclass(frozen=True)
