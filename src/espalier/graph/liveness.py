@@ -80,6 +80,8 @@ def _demand(
     while count != int(alive.sum()):
         count = int(alive.sum())
         for used, outputs, inputs in reversed(edges):
+            if bool(alive[inputs].all()):
+                continue
             wanted = (used & alive[outputs][:, :, None]).any(1)
             alive[inputs[wanted]] = True
     return alive

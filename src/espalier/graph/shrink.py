@@ -115,12 +115,15 @@ def _cut_weight(graph: Graph, live: Liveness, name: str) -> Tensor:
     if bool((rows.sum(1) <= 1).all()) and columns.shape[1] == 1:
         columns = torch.ones_like(columns)  # depthwise: the rows say it all
     parts = weight.unflatten(0, (groups, -1))
-    kept = [
-        part[row.to(weight.device)][:, column.to(weight.device)]
-        for part, row, column in zip(parts, rows, columns)
-        if bool(row.any())
-    ]
+    if len(parts) == 1 and bool(rows.all()) and bool(columns.all()):
+        return weight
+    kept = [_taken(_taken(part, row, 0), column, 1) for part, row, column in zip(parts, rows, columns) if bool(row.any())]
     return torch.cat(kept or [weight])  # nothing was there to keep
+
+
+def _taken(weight: Tensor, keep: Tensor, dim: int) -> Tensor:
+    """What `keep` says of dimension `dim`; the weight itself where that is all of it."""
+    return weight if bool(keep.all()) else weight.index_select(dim, keep.nonzero()[:, 0].to(weight.device))
 
 
 def _cut_value(graph: Graph, live: Liveness, value: Value, tensors: Mapping[str, Tensor]) -> Value:

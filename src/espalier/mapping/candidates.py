@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from espalier.mapping.layers import Layer
@@ -27,12 +28,12 @@ class Candidate:
     options: Mapping[str, Any] = field(default_factory=dict)
     coarse: bool = False
 
-    @property
+    @cached_property
     def label(self) -> str:
         """The name with its options, as it stands in tables: ``block_punched m=8 n=4``."""
         return " ".join([self.name, *[f"{key}={value}" for key, value in self.options.items()]])
 
-    @property
+    @cached_property
     def ceiling(self) -> float:
         """The highest density that it can have."""
         return ceiling(scheme(self.name, **self.options))

@@ -47,8 +47,8 @@ def engine_clock(graphs: Sequence[Graph], threads: int) -> list[Profile]:
     """Compile the graphs, and time them on one random sample in turns.
 
     A turn runs a program once, to bring its weights and activations to where they are in steady use, and then often
-    enough to fill `TURN` seconds: with whole calls timed together, and as often with every step timed, in the first
-    turns. With one thread whole calls count in processor time, which on a quiet machine is the wall clock's, and on a
+    enough to fill `TURN` seconds: with whole calls timed together, and in the first turns as often with every step
+    timed. With one thread whole calls count in processor time, which on a quiet machine is the wall clock's, and on a
     busy one leaves out the turns that other programs had meanwhile. One or two small networks are compiled several
     times (see COPIES). A graph that is given again, the very same object, is not compiled again.
     """
@@ -58,7 +58,8 @@ def engine_clock(graphs: Sequence[Graph], threads: int) -> list[Profile]:
     with ThreadPoolExecutor(at_once) as pool:
         programs = list(pool.map(lambda graph: _programs(graph, threads, copies), graphs))
     given = [x for graph in graphs for x in [_inputs(graph)] * copies]
-    found = _profiles([program for each in programs for program in each], given, threads)
+    profiled = LEAST if len(graphs) > FEW else 1  # turns: of a plan that is checked whole calls count
+    found = _profiles([program for each in programs for program in each], given, threads, profiled)
     return [_middle(found[k : k + copies]) for k in range(0, len(found), copies)]
 
 
@@ -87,9 +88,9 @@ def _middle(found: Sequence[Profile]) -> Profile:
 
 
 def _profiles(
-    programs: Sequence[Executable], given: Sequence[list[np.ndarray]], threads: int
+    programs: Sequence[Executable], given: Sequence[list[np.ndarray]], threads: int, profiled: int
 ) -> list[Profile]:
-    """One for each program."""
+    """One for each program; its steps are timed in so many turns."""
     now = time.thread_time if threads == 1 else time.perf_counter
     plans = [_turns(program, x, len(programs)) for program, x in zip(programs, given)]
     seen: list[list[dict[str, float]]] = [[] for _ in programs]
@@ -103,7 +104,7 @@ def _profiles(
                 for _ in range(runs):
                     program(*given[k])
                 whole[k].append((now() - start) / runs * 1e3)
-                if turn < LEAST:
+                if turn < profiled:
                     seen[k] += [program.profile(*given[k]) for _ in range(runs)]
     return [
         Profile({name: _quantile([row[name] for row in rows]) for name in rows[0]}, _quantile(calls))

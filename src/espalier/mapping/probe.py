@@ -7,7 +7,7 @@ all steps then is the network's latency, up to the overhead of the call, which i
 
 The weights are random, masked, and scaled so that activations neither vanish nor explode (numbers too small for
 their exponent are slow on some processors): a table depends on shapes only. A finished plan is measured with the masks
-that the network's own weights ask for.
+that the network's own weights ask for (of large layers: some of their rows, see `stripes`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from espalier.graph import shrink_graph
-from espalier.graph.ir import Graph
+from espalier.graph.ir import Graph, Site
 from espalier.mapping.clock import Profile
 from espalier.mapping.layers import Layer
 from espalier.mapping.stripes import repeated, stripes
@@ -85,9 +85,12 @@ class Probe:
         """A site's random weight with the mask that the scheme makes of its own."""
         if scheme is None:
             return self._weight(name, None)
-        layer, own = self.layers[name], self.graph.tensors[name].detach().float().cpu()
-        dense, keep = self._weight(name, None), scheme.project(own, layer.site.conv_groups) != 0
-        return masked(dense, keep).mul_(1 / math.sqrt(max(1e-6, float(keep.float().mean()))))
+        site = self.layers[name].site
+        count = stripes(site)
+        own = self.graph.tensors[name].detach()[::count].float().cpu()  # as many rows as a stripe has
+        keep = scheme.project(own, site.conv_groups) != 0
+        fan_in = max(1.0, math.prod(site.shape[1:]) * float(keep.float().mean()))
+        return repeated(masked(self._stripe(site), keep).mul_(math.sqrt(2.0 / fan_in)), count)
 
     def _weight(self, name: str, scheme: Scheme | None) -> Tensor:
         """A site's random weight, masked. Equal sites share one, for as long as somebody holds it."""
@@ -95,16 +98,18 @@ class Probe:
         key = (site.shape, site.conv_groups, *((scheme.name, repr(scheme.options), scheme.density) if scheme else ()))
         if (known := self._made.get(key)) is not None:
             return known
-        count = stripes(site)
-        shape = torch.Size((site.shape[0] // count, *site.shape[1:]))
+        stripe = self._stripe(site)
+        fan_in = max(1.0, math.prod(site.shape[1:]) * (scheme.density if scheme else 1.0))
+        stripe = scheme.project(stripe, site.conv_groups) if scheme else stripe
+        self._made[key] = made = repeated(stripe * math.sqrt(2.0 / fan_in), stripes(site))
+        return made
+
+    def _stripe(self, site: Site) -> Tensor:
+        """Random numbers: the weight of a site, or one of the stripes that it is made of."""
+        shape = torch.Size((site.shape[0] // stripes(site), *site.shape[1:]))
         if shape not in self._random:
             self._random[shape] = torch.randn(shape, generator=torch.Generator().manual_seed(len(self._random)))
-        stripe = self._random[shape]
-        fan_in = max(1.0, math.prod(shape[1:]) * (scheme.density if scheme else 1.0))
-        stripe = scheme.project(stripe, site.conv_groups) if scheme else stripe
-        made = repeated(stripe * math.sqrt(2.0 / fan_in), count)
-        self._made[key] = made
-        return made
+        return self._random[shape]
 
 
 def _neutral_norms(graph: Graph) -> dict[str, Tensor]:

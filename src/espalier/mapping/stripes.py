@@ -16,6 +16,7 @@ from espalier.graph.ir import Site
 
 LARGE = 4_000_000  # weights from which on a layer is made of stripes
 _LEAST = 500_000  # weights of a stripe
+_COUNTS = (64, 32, 16, 8, 4, 2)
 _TALLEST = 16  # rows that blocks or schemes may join: a stripe holds whole ones
 
 
@@ -25,12 +26,11 @@ def stripes(site: Site) -> int:
     >>> stripes(Site("fc", "linear", (4096, 9216)))
     64
     """
-    rows, count = site.shape[0], 1
+    rows = site.shape[0]
     if site.weights < LARGE or site.conv_groups > 1:
         return 1
-    while rows % (2 * count * _TALLEST) == 0 and site.weights >= 2 * count * _LEAST:
-        count *= 2
-    return count
+    fit = (n for n in _COUNTS if rows % (n * _TALLEST) == 0 and site.weights >= n * _LEAST)
+    return next(fit, 1)
 
 
 def repeated(stripe: Tensor, count: int) -> Tensor:
@@ -43,9 +43,10 @@ def packed_once(matrix: np.ndarray, op: str) -> Choice | None:
 
     None for every other matrix: for a network's own weights that is seen at once.
     """
-    site = Site("", op, matrix.shape)
-    count = stripes(site)
-    if count == 1 or not _equal(matrix, count):
+    if matrix.size < LARGE // 4:  # shrinking may have made it smaller
+        return None
+    count = next((n for n in _COUNTS if len(matrix) % n == 0 and _equal(matrix, n)), 1)
+    if count == 1:
         return None
     with choosing(None):
         choice = choose(matrix[: len(matrix) // count], op)
@@ -56,7 +57,7 @@ def _equal(matrix: np.ndarray, count: int) -> bool:
     """Whether all stripes are equal."""
     parts = np.split(matrix, count)
     return all(np.array_equal(parts[0][:1], part[:1]) for part in parts) and all(
-        np.array_equal(parts[0], part) for part in parts
+        np.array_equal(parts[0], part) for part in parts[1:]
     )
 
 
