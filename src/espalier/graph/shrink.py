@@ -93,7 +93,7 @@ def _cut_tensor(graph: Graph, live: Liveness, name: str) -> Tensor:
             cut = cut.index_select(dim, _index(live, name, dim).to(tensor.device))
     else:
         return tensor
-    return cut.clone().requires_grad_(tensor.requires_grad) if cut.shape != tensor.shape else tensor
+    return cut.requires_grad_(tensor.requires_grad) if cut.shape != tensor.shape else tensor  # a copy, where it is cut
 
 
 def _keeps(live: Liveness, key: str) -> Tensor:
@@ -118,6 +118,8 @@ def _cut_weight(graph: Graph, live: Liveness, name: str) -> Tensor:
     if len(parts) == 1 and bool(rows.all()) and bool(columns.all()):
         return weight
     kept = [_taken(_taken(part, row, 0), column, 1) for part, row, column in zip(parts, rows, columns) if bool(row.any())]
+    if len(kept) == 1:
+        return kept[0]
     return torch.cat(kept or [weight])  # nothing was there to keep
 
 
