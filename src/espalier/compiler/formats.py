@@ -286,4 +286,3 @@ def _partners(first: int, key: np.ndarray, free: np.ndarray, counts: np.ndarray,
             free[other] = False
             room -= counts[other]
     return members
-

@@ -117,7 +117,9 @@ def _cut_weight(graph: Graph, live: Liveness, name: str) -> Tensor:
     parts = weight.unflatten(0, (groups, -1))
     if len(parts) == 1 and bool(rows.all()) and bool(columns.all()):
         return weight
-    kept = [_taken(_taken(part, row, 0), column, 1) for part, row, column in zip(parts, rows, columns) if bool(row.any())]
+    kept = [
+        _taken(_taken(part, row, 0), column, 1) for part, row, column in zip(parts, rows, columns) if bool(row.any())
+    ]
     if len(kept) == 1:
         return kept[0]
     return torch.cat(kept or [weight])  # nothing was there to keep
