@@ -70,7 +70,7 @@ def conv(e: Emitter, node: Node) -> None:
 
 def _read_by_channels(e: Emitter, value: str) -> bool:
     """Whether depthwise convs are all that reads a value: threads share out their channels."""
-    readers = e.graph.readers().get(value, ())
+    readers = e.readers.get(value, ())
     return bool(readers) and all(reader.op == "conv" and is_depthwise(e.graph, reader) for reader in readers)
 
 

@@ -67,7 +67,7 @@ _Edges = list[tuple[Tensor, Tensor, Tensor]]
 
 
 def _edges(graph: Graph, nodes: list[Node], found: Couplings, state: dict[str, Tensor], root: Tensor) -> _Edges:
-    """For each of `nodes`: which outputs read which inputs, bool ``[conv_groups, outputs, inputs]``; the roots of both."""
+    """For each of `nodes`: what reads what, bool ``[conv_groups, outputs, inputs]``, and the roots of both."""
     edges = []
     for node in nodes:
         weight = graph.tensors[node.inputs[1]].detach().cpu()  # type: ignore[index]
