@@ -11,6 +11,8 @@ from torch import nn
 
 from espalier import compress
 from espalier import phases as phases_module
+from espalier.densities import Split
+from espalier.errors import MethodError
 from espalier.methods import PurifyReport, get
 from espalier.phases import Job, _Way, seen
 from espalier.report import achieved
@@ -188,3 +190,22 @@ def test_compress_distils_from_the_dense_network_and_tells_its_noise(tmp_path: P
     plain = compress("lenet_digits", "digits", out=tmp_path / "b", recipe=replace(recipe, distill=0.0), **options)
     weights = [dict(result.module.named_parameters())["fc2.weight"] for result in (made, plain)]
     assert weights[0].shape != weights[1].shape or not torch.equal(*weights)
+
+
+def test_a_resumed_run_keeps_its_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where this version would choose another; where it cannot be kept, what differs is told, and what to do."""
+    asked: dict[str, Any] = {"out": tmp_path, "density": 0.3, "scheme": "filter", "epochs": 2, "dense_epochs": 1}
+    first = compress("lenet_digits", "digits", **asked)
+    plan = (tmp_path / "plan.toml").read_text()
+    (tmp_path / "work" / "purify.pt").unlink()
+    other = phases_module.Plan.uniform("filter", 0.6)
+    monkeypatch.setattr(Split, "measured", lambda *_: (other, None))
+    again = compress("lenet_digits", "digits", resume=True, **asked)
+    assert "this version would choose another" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "plan.toml").read_text() == plan
+    assert again.report["compressed"]["nonzero"] == first.report["compressed"]["nonzero"]
+    (tmp_path / "plan.toml").unlink()
+    with pytest.raises(MethodError, match=r"cannot be resumed: .*another plan: conv\S+ was filter .*another --out"):
+        compress("lenet_digits", "digits", resume=True, **asked)

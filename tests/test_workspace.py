@@ -38,6 +38,16 @@ def test_settings_survive_their_file(tmp_path: Path) -> None:
         Workspace(tmp_path, settings, resume=False)
 
 
+def test_only_a_run_that_is_gone_on_with_has_texts_of_before(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text("of somebody else")
+    assert Workspace(tmp_path, {}, resume=True).begun_with("plan.toml") is None
+    work = Workspace(tmp_path, {}, resume=True)
+    assert work.begun_with("plan.toml") == "of somebody else" and work.begun_with("nothing.toml") is None
+    (tmp_path / "plan.toml").write_bytes(b"\xff")
+    with pytest.raises(TrainingError, match=r"plan\.toml cannot be read: .* Choose another --out"):
+        work.begun_with("plan.toml")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "\ud800"])
 def test_settings_that_are_damaged(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes(text.encode("utf-8", "surrogatepass"))

@@ -20,7 +20,7 @@ from espalier.mapping import Targets
 from espalier.methods import Method, get
 from espalier.phases import Job, Outcome
 from espalier.planning import TargetRow, planned, print_targets, target_rows
-from espalier.report import achieved, latencies, print_summary, size, sizes
+from espalier.report import achieved, latencies, print_summary, screen, size, sizes, tell
 from espalier.runtime import machine
 from espalier.sparsity import Plan
 from espalier.store import save
@@ -168,7 +168,8 @@ def compress(
     known, predicted = None, None
     if mapped is None:
         mapped, known, predicted = _planned(job, split, targets, threads)
-        job = dataclasses.replace(job, plan=mapped)
+    mapped = _begun_with(work, mapped)
+    job = dataclasses.replace(job, plan=mapped)
     work.write_text("plan.toml", mapped.to_toml())
     outcome = job.run()
     small = shrink(network.eval(), example).eval()
@@ -194,6 +195,16 @@ def _settings(asked: Mapping[str, Any]) -> dict[str, Any]:
         "weights": weights and str(weights),
         "recipe": dataclasses.asdict(asked["recipe"]),
     }
+
+
+def _begun_with(work: Workspace, plan: Plan) -> Plan:
+    """The plan of the run that is gone on with, where another version of this package chose another than `plan`."""
+    before = work.begun_with("plan.toml")
+    if before is None or before == plan.to_toml():
+        return plan
+    if work.team.leads:
+        tell(screen(), f"going on with the plan in {work.path / 'plan.toml'}: this version would choose another")
+    return Plan.from_toml(before, str(work.path / "plan.toml"))
 
 
 def _planned(

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from espalier.errors import MethodError
 from espalier.methods import Method, Run, purify, start
 from espalier.sparsity import Plan
 from espalier.train import (
@@ -259,7 +260,13 @@ class _Way:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["model"])
-        self.run.load_state_dict(state["run"])
+        try:
+            self.run.load_state_dict(state["run"])
+        except MethodError as error:
+            raise MethodError(
+                f"{self.job.work.path} cannot be resumed: {error}. Its files, or the version of Espalier that chooses, "
+                "have changed since: choose another --out to begin anew (with --plan FILE to fix the plan)"
+            ) from error
 
     def _fit(self, phase: str, epochs: int) -> None:
         self.job.train(phase, epochs, self.run, self.original)

@@ -16,7 +16,7 @@ from espalier.train import Team, write_checkpoint
 
 
 class Workspace:
-    """The output folder. A run that was killed finds here what it had finished.
+    """The output folder. A run that was killed finds here what it had finished (`resumed`: it did).
 
     out/run.json holds the settings; out/work/NAME.pt what phase NAME left behind; checkpoints lie beside it.
     Of several processes (`team`) the first reads and writes, and tells the others.
@@ -28,9 +28,10 @@ class Workspace:
         Raises TrainingError when another run's results are there, or `settings` differ from those being resumed.
         """
         self.path, self.team = Path(out), team or Team.alone()
-        self.team.first(lambda: self._open(out, settings, resume))
+        self.resumed = self.team.first(lambda: self._open(out, settings, resume))
 
-    def _open(self, out: str | Path, settings: dict[str, Any], resume: bool) -> None:
+    def _open(self, out: str | Path, settings: dict[str, Any], resume: bool) -> bool:
+        """Whether a run was there before."""
         text = json.dumps(settings, indent=1, default=repr)
         before, now = self._recorded(), json.loads(text)
         if before is not None and not resume:
@@ -40,6 +41,7 @@ class Workspace:
             raise TrainingError(f"{out} cannot be resumed with other settings: {told}. Choose another --out")
         self._guard(lambda: (self.path / "work").mkdir(parents=True, exist_ok=True))
         self._write("run.json", text)
+        return before is not None
 
     def _recorded(self) -> dict[str, Any] | None:
         """The settings of the run that is here; None where none is."""
@@ -81,6 +83,18 @@ class Workspace:
             raise TrainingError(
                 f"{file} cannot be read: {first}. Remove it: --resume does the phase {name} again"
             ) from error
+
+    def begun_with(self, name: str) -> str | None:
+        """A text file of the run that is gone on with; None where there is none, or the run is new."""
+        return self.team.first(lambda: self._text(name)) if self.resumed else None
+
+    def _text(self, name: str) -> str | None:
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise TrainingError(f"{self.path / name} cannot be read: {error}. Choose another --out") from error
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file of the run."""

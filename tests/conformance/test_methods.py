@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from espalier.errors import MethodError, UnknownNameError
 from espalier.graph import Graph, capture
-from espalier.methods import METHODS, Method, Run, get
+from espalier.methods import METHODS, Method, Run, get, start
 from espalier.methods.base import Progress, State, pull
 from espalier.methods.targets import Target
 from espalier.sparsity import CATALOG, Frozen, Plan, Scheme, ceiling, scheme
@@ -221,10 +221,30 @@ def test_any_optimizer_will_do(method: str) -> None:
 
 def test_a_state_of_another_plan_or_method_is_refused() -> None:
     _, run, _ = begin("admm", "filter")
-    for name, method in (("column", "admm"), ("filter", "magnitude")):
+    for name, method, told in (
+        ("column", "admm", r"another plan: conv2\.weight was filter .*, is column "),
+        ("filter", "magnitude", r"another method: method was ADMM\(.*, is Magnitude\("),
+        ("column", "magnitude", "another plan and method: "),
+    ):
         _, other, _ = begin(method, name)
-        with pytest.raises(MethodError, match="belongs to another"):
+        with pytest.raises(MethodError, match=told):
             other.load_state_dict(run.state_dict())
+
+
+def test_a_state_of_another_network_is_refused() -> None:
+    example, whole = torch.zeros(1, 3, 8, 8), Plan.uniform("filter", 0.5)
+    state = start(_two_convs(4), whole, get("magnitude"), example, steps=1).state_dict()
+    for width, plan, told in (
+        (6, whole, r"another network: 0\.weight was .*\[4, 3, 3, 3\], is .*\[6, 3, 3, 3\]"),
+        (4, Plan.of({"0.weight": scheme("filter", 0.5)}), r"another plan: 1\.weight was filter .*, is dense$"),
+    ):
+        run = start(_two_convs(width), plan, get("magnitude"), example, steps=1)
+        with pytest.raises(MethodError, match=told):
+            run.load_state_dict(state)
+
+
+def _two_convs(width: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.Conv2d(width, 4, 3))
 
 
 @pytest.mark.parametrize(

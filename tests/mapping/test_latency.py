@@ -1,5 +1,6 @@
 """The latency model: the table is what the clock says, kept, checked, rising; one real measurement."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ import espalier as es
 from espalier import compiler
 from espalier.errors import PlanError, UnknownNameError
 from espalier.mapping import cache, check, clock, latency, latency_model, mean_error
-from espalier.mapping.candidates import GRID, WIDE_GRID, find, ladder
+from espalier.mapping.candidates import GRID, find, ladder
 from espalier.mapping.clock import Profile
 from espalier.mapping.latency import label_of, rising
 from espalier.mapping.layers import layers
@@ -87,28 +88,35 @@ def test_what_stands_is_not_measured_again(graph: es.Graph, tmp_path: Path) -> N
     assert 0 < other.graphs < first.graphs
 
 
-def test_large_layers_are_measured_at_fewer_densities_and_networks_in_parts(
-    graph: es.Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_networks_are_measured_in_parts(graph: es.Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = latency_model(graph, clock=CountingClock(), shelf=Shelf("latency", WHO, tmp_path / "a"))
     sizes: list[int] = []
+    told: list[str] = []
     clock = CountingClock()
 
     def counting(graphs, threads):
         sizes.append(len(graphs))
         return clock(graphs, threads)
 
-    monkeypatch.setattr(latency, "BIG", 1)
     monkeypatch.setattr(latency, "PROGRAMS", 2 * sum(site.weights for site in graph.sites().values()))
-    made = latency_model(graph, clock=counting, shelf=Shelf("latency", WHO, tmp_path / "b"))
-    assert len(made.curves["a.weight", "column"].densities) == 1 + len(WIDE_GRID)
-    assert len(made.curves["a.weight", "pattern+kernel"].densities) == len(WIDE_GRID)
-    assert max(sizes) == 3
+    made = latency_model(graph, clock=counting, shelf=Shelf("latency", WHO, tmp_path / "b"), tell=told.append)
+    assert max(sizes) == 2 and clock.graphs == 8 * len(GRID) + 3  # the dense network stands in every third slot
+    assert len(told) == len(sizes) and "s left" not in told[0] and all("s left" in line for line in told[1:])
     for site in ("a.weight", "point.weight"):
-        for density in WIDE_GRID:
-            assert made.layer_ms(site, "column", density) == pytest.approx(
-                whole.layer_ms(site, "column", density), rel=0.02
-            )
+        for density in GRID:
+            ours, theirs = (each.layer_ms(site, "column", density) for each in (made, whole))
+            assert ours == pytest.approx(theirs, rel=0.02)
+
+
+def test_time_goes_on_rising_until_it_is_that_of_dense(graph: es.Graph, tmp_path: Path) -> None:
+    """Above the densest measurement, in a straight line; where the line lies above dense, the layer is stored dense."""
+    assert latency._towards_dense([(0.2, 2.0), (0.45, 4.5)], 6.0) == [(pytest.approx(0.6), 6.0), (1.0, 6.0)]
+    for ms in (4.5, 4.0, 30.0):  # no slower than this already; or the line ends below
+        assert latency._towards_dense([(0.2, 2.0), (0.45, 4.5)], ms) == [(1.0, ms)]
+    assert latency._towards_dense([(0.2, 2.0), (0.45, 2.0)], 6.0) == [(1.0, 6.0)]
+    model = latency_model(graph, clock=CountingClock(), shelf=Shelf("latency", WHO, tmp_path))
+    at = {d: model.layer_ms("a.weight", "weight", d) for d in (0.3, 0.45, 0.9)}
+    assert at[0.3] < at[0.45] < at[0.9] == model.dense["a.weight"]  # four random rows leave no column out at 0.45
 
 
 def test_a_damaged_cache_is_measured_anew(graph: es.Graph, tmp_path: Path) -> None:
@@ -209,6 +217,25 @@ def test_the_clock_runs_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
 
     clock.engine_clock([es.capture(Wired(8, 2), torch.zeros(3, 8))], 1)
     assert set(seen) == {(3, 8)}
+
+
+def test_a_graph_that_is_given_again_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the dense network beside every correction of a plan; its program goes with it."""
+    made: list[str] = []
+
+    def counted(graph: es.Graph, threads: int) -> es.Executable:
+        made.append(graph.nodes[0].name)
+        return es.Executable(graph, threads)
+
+    monkeypatch.setattr(clock, "compile", counted)
+    dense, other = es.capture(Net(), example()), es.capture(Net(), example())
+    first, again = clock.engine_clock([dense, other], 1), clock.engine_clock([dense], 1)
+    assert len(made) == 2 * clock.COPIES and list(first[0].steps) == list(again[0].steps)
+    ids = {id(dense), id(other)}
+    assert ids <= {key[0] for key in clock._KEPT}
+    del dense, other
+    gc.collect()
+    assert not ids & {key[0] for key in clock._KEPT}
 
 
 def test_no_thread_is_told(graph: es.Graph) -> None:

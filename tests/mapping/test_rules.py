@@ -323,6 +323,15 @@ def test_errors_are_those_of_the_projection(label: str) -> None:
         assert error == pytest.approx(float(left), abs=0.02)
 
 
+@pytest.mark.parametrize("label", ["weight", "column", "block_column m=4"])
+def test_errors_of_large_weights_are_those_of_some_rows(label: str) -> None:
+    torch.manual_seed(0)
+    w, candidate = torch.randn(2048, 1024) * torch.rand(2048, 1) * torch.rand(1024), find(label)
+    for density, error in zip((0.4, 0.1), errors(candidate, w, 1, [0.4, 0.1])):
+        left = (w - candidate.at(density).project(w)).square().sum() / w.square().sum()
+        assert error == pytest.approx(float(left), abs=0.02)
+
+
 def test_errors_of_nothing() -> None:
     assert errors(Candidate("filter"), torch.zeros(4, 4), 1, [0.5, 0.1]).tolist() == [0.0, 0.0]
 

@@ -175,3 +175,17 @@ def test_tasks_give_the_same_bits_on_any_number_of_threads(stride, monkeypatch, 
         rows = [row for row in program.describe() if row.weights]
         assert [(row.step, row.weights) for row in rows] == [("conv2d", 352), ("conv2d_1", 396), ("conv2d_2", 352)]
         assert torch.equal(program(x[:1]), expected[:1])
+
+
+def test_no_channel_of_a_chain_is_left_alone(check_network, monkeypatch) -> None:
+    """33 channels in groups of 8: a group of one would be a plain conv, which cannot read what is a task's own."""
+    monkeypatch.setattr(depth_first, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(depth_first, "GROUP_BYTES", 4 * 28 * 28 * 8)
+    layers = (
+        nn.Conv2d(5, 33, 1),
+        nn.ReLU6(),
+        nn.Conv2d(33, 33, 3, padding=1, groups=33),
+        nn.ReLU6(),
+        nn.Conv2d(33, 7, 1),
+    )
+    check_network(nn.Sequential(*layers), (5, 28, 28))

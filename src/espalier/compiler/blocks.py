@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from espalier.compiler.formats import RowBlocks, pack
+from espalier.compiler.formats import Arrangement, RowBlocks, arrange, pack, packed
 
 # What one column of a block costs, in the time of one vector load: the height's arithmetic against its loads.
 # Measured with benchmarks of the kernels on AVX-512; other instruction sets order the heights in the same way.
@@ -34,8 +34,8 @@ class Choice:
     work: float = 1.0
 
 
-# (matrix, op) -> the name of a format, one of `formats`; None to leave it to the estimate.
-Chooser = Callable[[np.ndarray, str], str | None]
+# (matrix, op) -> the name of a format, one of `formats`, or the very blocks; None to leave it to the estimate.
+Chooser = Callable[[np.ndarray, str], str | Choice | None]
 _chooser: ContextVar[Chooser | None] = ContextVar("chooser", default=None)
 
 
@@ -76,6 +76,8 @@ def choose(matrix: np.ndarray, op: str) -> Choice:
     name = chooser(matrix, op) if chooser else None
     if name is None:
         return _estimated(matrix, op)
+    if isinstance(name, Choice):
+        return name
     density = np.count_nonzero(matrix) / max(1, matrix.size)
     return stored(matrix, name, f"density {density:.2f}, fastest of those measured here")
 
@@ -89,8 +91,8 @@ def _estimated(matrix: np.ndarray, op: str) -> Choice:
     if density >= _DENSE_FROM:
         height = max(heights)
         return Choice(dense(matrix, height), f"dense/{height}", f"density {density:.2f}: skipping would not pay")
-    tried = {h: pack(matrix, h) for h in heights}
-    estimates = {h: _cost(b, costs[h], _ROW_COST[op]) for h, b in tried.items()}
+    tried = {each.height: each for each in arrange(matrix, heights)}
+    estimates = {h: _cost(each, costs[h], _ROW_COST[op]) for h, each in tried.items()}
     dense_height = max(heights)
     dense_cost = _dense_cost(matrix.shape, dense_height, costs[dense_height], _ROW_COST[op])
     best = min(estimates, key=lambda h: (estimates[h], -h))
@@ -98,7 +100,7 @@ def _estimated(matrix: np.ndarray, op: str) -> Choice:
         worse = estimates[best] / dense_cost
         reason = f"density {density:.2f}, but rows share too few columns: blocks/{best} would take {worse:.1f}x as long"
         return Choice(dense(matrix, dense_height), f"dense/{dense_height}", reason)
-    blocks = tried[best]
+    blocks = packed(matrix, tried[best])
     filled = np.count_nonzero(blocks.values) / max(1, blocks.values.size)
     gain = dense_cost / max(estimates[best], 1e-9)
     reason = f"density {density:.2f}, blocks {filled:.0%} full, {gain:.1f}x less work than dense"
@@ -162,8 +164,8 @@ def choose_groups(matrices: list[np.ndarray], op: str) -> Choice:
     return Choice(_joined(parts), name, f"{len(matrices)} conv groups, density {density:.2f}")
 
 
-def _cost(blocks: RowBlocks, column: float, row: float) -> float:
-    return len(blocks.columns) * column + (len(blocks.offsets) - 1) * blocks.height * row
+def _cost(arrangement: Arrangement, column: float, row: float) -> float:
+    return arrangement.entries * column + arrangement.blocks * arrangement.height * row
 
 
 def _dense_cost(shape: tuple[int, ...], height: int, column: float, row: float) -> float:

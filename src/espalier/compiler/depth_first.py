@@ -83,8 +83,9 @@ def _in_groups(
     per_channel = _size_bytes(graph, middle.name) // channels
     count = _group(channels, GROUP_BYTES // per_channel)
     made, parts = [], []
-    for number, first in enumerate(range(0, channels, count)):
-        upto = min(channels, first + count)
+    # a channel alone would be a plain conv, which does not read what is a task's own: it joins the group before
+    ends = [*range(count, channels - 1, count), channels]
+    for number, (first, upto) in enumerate(zip([0, *ends], ends)):
         x = source.inputs[0]
         for which, value in ((source, middle), (node, out)):
             names = [None if n is None else _rows(n, first, upto, number, values, tensors) for n in which.inputs[1:3]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,11 @@ class Emitter:
     samples: Samples = field(default_factory=Samples)  # values whose batch is not their first dimension
     # flattened values that only linear layers read: what they are made of, and where each entry lies in it
     tables: dict[str, tuple[Place, np.ndarray]] = field(default_factory=dict)
+
+    @cached_property
+    def readers(self) -> dict[str, list[Node]]:
+        """value -> the nodes that read it."""
+        return self.graph.readers()
 
     def step(self, **fields: Any) -> None:
         """Append a `Step` of these fields."""

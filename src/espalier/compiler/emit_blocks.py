@@ -70,7 +70,7 @@ def conv(e: Emitter, node: Node) -> None:
 
 def _read_by_channels(e: Emitter, value: str) -> bool:
     """Whether depthwise convs are all that reads a value: threads share out their channels."""
-    readers = e.graph.readers().get(value, ())
+    readers = e.readers.get(value, ())
     return bool(readers) and all(reader.op == "conv" and is_depthwise(e.graph, reader) for reader in readers)
 
 
@@ -93,10 +93,11 @@ def _flat_pays(height: int, width: int, row_stride: int, lanes: int = 16) -> boo
 
 
 def _facts(node: Node, choice: Choice, w: np.ndarray) -> dict:
+    whole = choice.blocks.rows * choice.blocks.columns_total == w.size  # then the blocks hold all that is not zero
     return dict(
         format=choice.format,
         reason=choice.reason,
-        nonzeros=int(np.count_nonzero(w)),
+        nonzeros=int(np.count_nonzero(choice.blocks.values if whole else w)),
         weights=w.size,
         nodes=tuple(node.attrs.get("fused", (node.name,))),
     )
@@ -104,12 +105,21 @@ def _facts(node: Node, choice: Choice, w: np.ndarray) -> dict:
 
 def _arrays(choice: Choice, index: np.ndarray, bias: np.ndarray | None) -> dict[str, np.ndarray]:
     b = choice.blocks
-    arrays = {"rows": b.row_order, "starts": b.offsets, "index": index.astype(np.int32), "values": b.values}
+    arrays = {"rows": b.row_order, "starts": b.offsets, "index": index.astype(np.int32, copy=False), "values": b.values}
     return arrays if bias is None else {**arrays, "bias": bias}
 
 
 def _columns(e: Emitter, node: Node, shape: tuple[int, ...], columns: np.ndarray) -> tuple[Place, np.ndarray]:
-    """What the kernel reads, and where in it, relative to its pixel (0, 0, 0), each column begins."""
+    """What the kernel reads, and where in it, relative to its pixel (0, 0, 0), each of `columns` begins."""
+    used = np.flatnonzero(np.bincount(columns))  # blocks share columns: each is found once
+    source, begins = _begins(e, node, shape, used)
+    table = np.zeros(int(used[-1]) + 1 if used.size else 0, np.int32)
+    table[used] = begins
+    return source, table[columns]
+
+
+def _begins(e: Emitter, node: Node, shape: tuple[int, ...], columns: np.ndarray) -> tuple[Place, np.ndarray]:
+    """As `_columns`, for columns that differ."""
     _, _, kernel_y, kernel_x = shape
     channel, tap = np.divmod(columns.astype(np.int64), kernel_y * kernel_x)
     y, x = np.divmod(tap, kernel_x)
@@ -244,7 +254,8 @@ def _linear_step(
         residual_step = place.strides[-2] if count > 1 else 0
         moved = replace(place, offset=place.offset + shift)
         b = moved.operand_of((1, 1, count, w.shape[0]), (0, 0, residual_step, last))
-    index = table[choice.blocks.columns] if choice.blocks.columns.size else choice.blocks.columns
+    columns = choice.blocks.columns
+    index = table.astype(np.int32)[columns] if columns.size else columns
     e.steps.append(
         Step(
             name=node.name,

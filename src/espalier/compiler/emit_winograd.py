@@ -71,7 +71,8 @@ def winograd(e: Emitter, node: Node, w: np.ndarray, out: Place, bias: np.ndarray
     # one plane more for each point than there are: points then begin in different sets of the cache
     before = e.use(_room(f"{node.name}/tiles", _POINTS * (columns + 1) * plane))
     behind = e.use(_room(f"{node.name}/products", _POINTS * (rows + 1) * plane))
-    points = np.einsum("ai,ocij,bj->aboc", _G, w.astype(np.float64), _G).reshape(_POINTS, rows, columns)
+    taps = w.reshape(-1, 9).astype(np.float64)
+    points = (np.kron(_G, _G) @ taps.T).reshape(_POINTS, rows, columns)  # G w G' of every filter and channel
     choice = choose_dense_groups(list(points.astype(np.float32)), tall, across)
     arrays = {
         "rows": _apart(choice.blocks.row_order, rows),

@@ -7,8 +7,9 @@ where it belongs), and a block multiplies every activation that it loads with al
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -18,6 +19,7 @@ COST: Mapping[int, float] = {1: 1.5, 2: 2.0, 4: 3.0, 8: 5.0, 16: 9.5}
 HEIGHTS = tuple(COST)
 _BLOCK = 2.0  # time of a block besides its columns, in the same unit
 _SAMPLE = 512  # columns by which rows are compared
+_AT_ONCE = 1 << 16  # numbers of a matrix that are packed at once
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)
 
 
@@ -69,10 +71,65 @@ def pack(matrix: np.ndarray, height: int | None = None) -> RowBlocks:
         raise ValueError(f"a matrix has two dimensions, got shape {matrix.shape}")
     if height is not None and height not in COST:
         raise ValueError(f"no kernel has blocks of {height} rows; there are {', '.join(map(str, HEIGHTS))}")
-    matrix = np.ascontiguousarray(matrix, np.float32)
     heights = [h for h in HEIGHTS if h == 1 or h < 2 * len(matrix)] if height is None else [height]
-    plans = _plans(np.packbits(matrix != 0, axis=1), heights)
-    return _packed(matrix, min(plans, key=lambda plan: plan.cost))
+    return packed(matrix, min(arrange(matrix, heights), key=lambda each: each.cost))
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Row-blocks without values: which rows stand together.
+
+    order: as `row_order` of RowBlocks. unions: uint8 ``[blocks, bytes]``, the packed bits of each block's columns.
+    """
+
+    height: int
+    order: np.ndarray
+    unions: np.ndarray
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of `height` rows."""
+        return len(self.unions)
+
+    @cached_property
+    def entries(self) -> int:
+        """The columns of all blocks."""
+        return int(_ONES[self.unions].sum())
+
+    @property
+    def cost(self) -> float:
+        """Estimated time, in loads of an activation."""
+        return _cost(self.entries, self.blocks, self.height)
+
+
+def arrange(matrix: np.ndarray, heights: Sequence[int]) -> list[Arrangement]:
+    """How `matrix` ``[rows, columns]`` would be packed in blocks of each of these heights.
+
+    Comparing several costs little more than one: what takes time is the values, which only `packed` brings together.
+    """
+    return _arranged(np.packbits(matrix != 0, axis=1), heights)
+
+
+def packed(matrix: np.ndarray, arrangement: Arrangement) -> RowBlocks:
+    """The row-blocks of `matrix` in an arrangement that `arrange` made of it."""
+    matrix = np.ascontiguousarray(matrix, np.float32)
+    (rows, columns), height = matrix.shape, arrangement.height
+    counts = _ONES[arrangement.unions].sum(1, dtype=np.int64)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    column, values = np.empty(offsets[-1], np.int32), np.empty((offsets[-1], height), np.float32)
+    order = arrangement.order.reshape(-1, height)
+    step = max(1, _AT_ONCE // max(1, columns))
+    for first in range(0, arrangement.blocks, step):  # few at a time: what lies between stays in the cache
+        some = slice(first, first + step)
+        made = slice(offsets[first], offsets[min(first + step, arrangement.blocks)])
+        bits = np.flatnonzero(np.unpackbits(arrangement.unions[some], axis=1, count=columns))
+        block = np.repeat(np.arange(len(order[some])), counts[some])
+        column[made] = at = bits - block * columns
+        taken = (order[some].astype(np.int64) * columns)[block] + at[:, None]
+        np.take(matrix.reshape(-1), taken, out=values[made], mode="clip")
+        if (order[some] < 0).any():
+            values[made][order[some][block] < 0] = 0
+    return RowBlocks(rows, columns, height, arrangement.order, offsets.astype(np.int32), column, values)
 
 
 def unpack(blocks: RowBlocks) -> np.ndarray:
@@ -95,7 +152,7 @@ def explain(blocks: RowBlocks) -> str:
     padding = 1 - nonzero / blocks.stored if blocks.stored else 0.0
     kept = len(np.unique(blocks.columns))
     others = [h for h in HEIGHTS if h != blocks.height and (h == 1 or h < 2 * blocks.rows)]
-    costs = {plan.height: plan.cost for plan in _plans(np.packbits(unpack(blocks) != 0, axis=1), others)}
+    costs = {each.height: each.cost for each in arrange(unpack(blocks), others)}
     best = min(costs, key=lambda h: costs[h], default=blocks.height)
     rival = f"; blocks of {best} would cost {costs[best] / blocks.cost:.2f}x" if blocks.cost and costs else ""
     return (
@@ -107,35 +164,22 @@ def explain(blocks: RowBlocks) -> str:
 # -- which rows stand together ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Blocks without values: `order` as in RowBlocks, `unions` the packed bits of each block's columns."""
-
-    height: int
-    order: np.ndarray
-    unions: np.ndarray
-
-    @property
-    def cost(self) -> float:
-        return _cost(int(_ONES[self.unions].sum()), len(self.unions), self.height)
-
-
 def _cost(entries: int, blocks: int, height: int) -> float:
     return entries * COST[height] + _BLOCK * blocks
 
 
-def _plans(bits: np.ndarray, heights: list[int]) -> list[_Plan]:
+def _arranged(bits: np.ndarray, heights: Sequence[int]) -> list[Arrangement]:
     """For each height the blocks of rows with these column sets; bits: uint8 ``[rows, bytes]``."""
     alive = np.flatnonzero(bits.any(1))
     sets = _column_sets(bits[alive])
-    related = max(heights) > 1 and _related(bits[alive])
+    related = max(heights, default=1) > 1 and _related(bits[alive])
     padded = np.concatenate([bits, np.zeros((1, bits.shape[1]), np.uint8)])  # row -1
-    plans = []
+    made = []
     for height in heights:
         order = np.arange(len(bits)) if height == 1 else _ascending(_order(bits, alive, sets, height, related), height)
         unions = np.bitwise_or.reduce(padded[order.reshape(-1, height)], axis=1)
-        plans.append(_Plan(height, order.astype(np.int32), unions))
-    return plans
+        made.append(Arrangement(height, order.astype(np.int32), unions))
+    return made
 
 
 def _column_sets(bits: np.ndarray) -> np.ndarray:
@@ -242,12 +286,3 @@ def _partners(first: int, key: np.ndarray, free: np.ndarray, counts: np.ndarray,
             free[other] = False
             room -= counts[other]
     return members
-
-
-def _packed(matrix: np.ndarray, plan: _Plan) -> RowBlocks:
-    rows, columns = matrix.shape
-    block, column = np.nonzero(np.unpackbits(plan.unions, axis=1, count=columns))
-    padded = np.concatenate([matrix, np.zeros((1, columns), np.float32)])  # row -1
-    values = padded[plan.order.reshape(-1, plan.height)[block], column[:, None]]
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(block, minlength=len(plan.unions)))])
-    return RowBlocks(rows, columns, plan.height, plan.order, offsets.astype(np.int32), column.astype(np.int32), values)

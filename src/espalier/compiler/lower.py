@@ -58,7 +58,6 @@ def split(graph: Graph) -> tuple[Piece, ...]:
 
     Values that depend on no input are computed before, so that no piece runs for them.
     """
-    graph = fold_constants(graph)
     batch = batch_of(graph)
     graph = fold_constants(graph)
     samples = track(graph, batch)

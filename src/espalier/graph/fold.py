@@ -40,8 +40,9 @@ def _constant_inputs(graph: Graph, node: Node, state: dict[str, Tensor], uses: l
     x = node.inputs[0]
     assert x is not None and weight is not None
     dim = 1 if node.op == "conv" else len(graph.values[x].shape) - 1
-    read = (graph.tensors[weight].detach().cpu() != 0).movedim(1, 0).flatten(1).any(1)
-    constant = (along(state[x], dim) == CONSTANT) & read
+    constant = along(state[x], dim) == CONSTANT
+    if bool(constant.any()):
+        constant &= (graph.tensors[weight].detach().cpu() != 0).movedim(1, 0).flatten(1).any(1)
     return constant if bool(constant.any()) else None
 
 

@@ -49,10 +49,11 @@ def liveness(graph: Graph) -> Liveness:
     root = found.roots()
     alive = torch.zeros(len(root), dtype=torch.bool)
     alive[[found.find(k) for k in found.frozen]] = True
-    demanded = _demand(graph, nodes, found, state, root, alive)
+    edges = _edges(graph, nodes, found, state, root)
+    demanded = _demand(edges, alive)
     needed = int(demanded.sum())
     while True:
-        grown = _demand(graph, nodes, found, state, root, _mend(graph, found, root, demanded))
+        grown = _demand(edges, _mend(graph, found, root, demanded))
         if bool((grown == demanded).all()):
             return Liveness(found, root, demanded, int(demanded.sum()) - needed)
         demanded = grown
@@ -62,25 +63,36 @@ def _dim(graph: Graph, node: Node) -> int:
     return 1 if node.op == "conv" else len(graph.values[node.inputs[0]].shape) - 1  # type: ignore[index]
 
 
-def _demand(
-    graph: Graph, nodes: list[Node], found: Couplings, state: dict[str, Tensor], root: Tensor, alive: Tensor
-) -> Tensor:
-    """`alive` and everything that it reads, directly or through others."""
-    alive, edges = alive.clone(), []
+_Edges = list[tuple[Tensor, Tensor, Tensor]]
+
+
+def _edges(graph: Graph, nodes: list[Node], found: Couplings, state: dict[str, Tensor], root: Tensor) -> _Edges:
+    """For each of `nodes`: what reads what, bool ``[conv_groups, outputs, inputs]``, and the roots of both."""
+    edges = []
     for node in nodes:
         weight = graph.tensors[node.inputs[1]].detach().cpu()  # type: ignore[index]
         groups = int(node.attrs.get("conv_groups", 1))
         source = along(state[node.inputs[0]], _dim(graph, node)) != ZERO  # type: ignore[index]
         used = (weight != 0).flatten(2).any(2) if weight.ndim > 2 else weight != 0
-        used = used.unflatten(0, (groups, -1)) & source.reshape(groups, 1, -1)
+        used = used.unflatten(0, (groups, -1))
+        if not bool(source.all()):
+            used = used & source.reshape(groups, 1, -1)
         outputs = root[found.labels[f"{node.inputs[1]}@0"]].reshape(groups, -1)
         inputs = root[found.labels[f"{node.inputs[1]}@1"]].reshape(groups, -1)
         edges.append((used, outputs, inputs))
-    count = -1
+    return edges
+
+
+def _demand(edges: _Edges, alive: Tensor) -> Tensor:
+    """`alive` and everything that it reads, directly or through others."""
+    alive, count = alive.clone(), -1
     while count != int(alive.sum()):
         count = int(alive.sum())
         for used, outputs, inputs in reversed(edges):
-            wanted = (used & alive[outputs][:, :, None]).any(1)
+            if bool(alive[inputs].all()):
+                continue
+            reading = alive[outputs]
+            wanted = (used if bool(reading.all()) else used & reading[:, :, None]).any(1)
             alive[inputs[wanted]] = True
     return alive
 

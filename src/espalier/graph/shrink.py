@@ -93,7 +93,7 @@ def _cut_tensor(graph: Graph, live: Liveness, name: str) -> Tensor:
             cut = cut.index_select(dim, _index(live, name, dim).to(tensor.device))
     else:
         return tensor
-    return cut.clone().requires_grad_(tensor.requires_grad) if cut.shape != tensor.shape else tensor
+    return cut.requires_grad_(tensor.requires_grad) if cut.shape != tensor.shape else tensor  # a copy, where it is cut
 
 
 def _keeps(live: Liveness, key: str) -> Tensor:
@@ -115,12 +115,19 @@ def _cut_weight(graph: Graph, live: Liveness, name: str) -> Tensor:
     if bool((rows.sum(1) <= 1).all()) and columns.shape[1] == 1:
         columns = torch.ones_like(columns)  # depthwise: the rows say it all
     parts = weight.unflatten(0, (groups, -1))
+    if len(parts) == 1 and bool(rows.all()) and bool(columns.all()):
+        return weight
     kept = [
-        part[row.to(weight.device)][:, column.to(weight.device)]
-        for part, row, column in zip(parts, rows, columns)
-        if bool(row.any())
+        _taken(_taken(part, row, 0), column, 1) for part, row, column in zip(parts, rows, columns) if bool(row.any())
     ]
+    if len(kept) == 1:
+        return kept[0]
     return torch.cat(kept or [weight])  # nothing was there to keep
+
+
+def _taken(weight: Tensor, keep: Tensor, dim: int) -> Tensor:
+    """What `keep` says of dimension `dim`; the weight itself where that is all of it."""
+    return weight if bool(keep.all()) else weight.index_select(dim, keep.nonzero()[:, 0].to(weight.device))
 
 
 def _cut_value(graph: Graph, live: Liveness, value: Value, tensors: Mapping[str, Tensor]) -> Value:

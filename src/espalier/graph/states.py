@@ -22,10 +22,15 @@ def states(graph: Graph) -> dict[str, Tensor]:
 
 
 def known(graph: Graph) -> dict[str, Tensor]:
-    """The states before any node: inputs vary, tensors are what they are."""
+    """The states before any node: inputs vary, tensors are what they are (see `reads` for weights of convs)."""
+    others = {name for n in graph.nodes for k, name in enumerate(n.inputs) if n.op not in ("conv", "linear") or k != 1}
     found = {name: torch.tensor(VARIES, dtype=torch.int8).expand(graph.values[name].shape) for name in graph.inputs}
     for name, tensor in graph.tensors.items():
-        found[name] = (tensor.detach().cpu() != 0).to(torch.int8).mul_(CONSTANT if tensor.numel() == 1 else VARIES)
+        if name not in others:  # nobody asks: to look at all of them takes long
+            found[name] = torch.tensor(VARIES, dtype=torch.int8).expand(tensor.shape)
+            continue
+        nonzero = (tensor.detach().cpu() != 0).view(torch.int8)
+        found[name] = nonzero.mul_(CONSTANT if tensor.numel() == 1 else VARIES)
     return found
 
 
@@ -50,8 +55,15 @@ def reads(graph: Graph, node: Node, state: Tensor) -> tuple[Tensor, Tensor]:
     groups = int(node.attrs.get("conv_groups", 1))
     used = (weight != 0).flatten(2).any(2) if weight.ndim > 2 else weight != 0
     used = used.unflatten(0, (groups, -1))
-    sources = state.reshape(groups, 1, -1)
-    return (used & (sources == VARIES)).any(2).flatten(), (used & (sources == CONSTANT)).any(2).flatten()
+    varying, constant = ((state == kind).reshape(groups, 1, -1) for kind in (VARIES, CONSTANT))
+    return _meets(used, varying), _meets(used, constant)
+
+
+def _meets(used: Tensor, some: Tensor) -> Tensor:
+    """``(used & some).any(2)``, flat; mostly `some` are all or none, and weights are large."""
+    if not bool(some.any()):
+        return torch.zeros(used.shape[0] * used.shape[1], dtype=torch.bool)
+    return (used if bool(some.all()) else used & some).any(2).flatten()
 
 
 def after(graph: Graph, node: Node, found: dict[str, Tensor], dropped: dict[str, Tensor]) -> list[Tensor]:

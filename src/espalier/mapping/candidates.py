@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from espalier.mapping.layers import Layer
 from espalier.sparsity import Scheme, ceiling, scheme, unfit
 
-GRID = (0.7, 0.45, 0.3, 0.2, 0.1, 0.05, 0.025)  # densities that are measured; in between, the table interpolates
-BIG, WIDE_GRID = 1_000_000, (0.45, 0.2, 0.05, 0.025)  # of layers of so many weights
+GRID = (0.45, 0.2, 0.05, 0.025)  # densities that are measured; in between, the table interpolates
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Candidate:
     options: Mapping[str, Any] = field(default_factory=dict)
     coarse: bool = False
 
-    @property
+    @cached_property
     def label(self) -> str:
         """The name with its options, as it stands in tables: ``block_punched m=8 n=4``."""
         return " ".join([self.name, *[f"{key}={value}" for key, value in self.options.items()]])
 
-    @property
+    @cached_property
     def ceiling(self) -> float:
         """The highest density that it can have."""
         return ceiling(scheme(self.name, **self.options))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from espalier.compiler.blocks import choosing
 from espalier.graph.ir import Graph
+from espalier.mapping.stripes import packed_once
 from espalier.runtime import compile
 from espalier.runtime.executable import Executable
 
@@ -19,11 +22,12 @@ from espalier.runtime.executable import Executable
 # checked, and one number decides.
 LEAST, SECONDS = 5, 0.1
 SHARED_LEAST, SHARED_SECONDS = 24, 1.5
+SLOW = 0.03  # seconds of one run: what disturbs is small beside it, so half as many turns tell as much
 # How a small program's weights and activations happen to lie in memory makes it some 3 % faster or slower, for as long
 # as it lives (seen on ResNet-20). Where few are timed, each is compiled several times and counts by its median.
 FEW, COPIES, SMALL = 2, 5, 4_000_000
 TURN = 0.01  # as in `bench`: a large network's weights take some runs to settle in the caches
-COMPILERS = 4
+COMPILERS, LARGE = 4, 50_000_000  # compiled at once, but for networks of so many numbers
 QUANTILE = 0.25  # the median of the faster half: what other programs add to the slower half is not the network's
 
 
@@ -43,13 +47,34 @@ def engine_clock(graphs: Sequence[Graph], threads: int) -> list[Profile]:
     """Compile the graphs, and time them on one random sample in turns.
 
     A turn runs a program once, to bring its weights and activations to where they are in steady use, and then often
-    enough to fill `TURN` seconds: with whole calls timed together, and as often with every step timed. With one thread
-    whole calls count in processor time, which on a quiet machine is the wall clock's, and on a busy one leaves out the
-    turns that other programs had meanwhile. One or two small networks are compiled several times (see COPIES).
+    enough to fill `TURN` seconds: with whole calls timed together, and in the first turns as often with every step
+    timed. With one thread whole calls count in processor time, which on a quiet machine is the wall clock's, and on a
+    busy one leaves out the turns that other programs had meanwhile. One or two small networks are compiled several
+    times (see COPIES). A graph that is given again, the very same object, is not compiled again.
     """
     copies = COPIES if len(graphs) <= FEW and all(_numbers(graph) <= SMALL for graph in graphs) else 1
-    found = _profiles([graph for graph in graphs for _ in range(copies)], threads)
+    # much of compiling is numpy's, which can share; what large networks take is mostly memory
+    at_once = 1 if max(map(_numbers, graphs), default=0) > LARGE else min(COMPILERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(at_once) as pool:
+        programs = list(pool.map(lambda graph: _programs(graph, threads, copies), graphs))
+    given = [x for graph in graphs for x in [_inputs(graph)] * copies]
+    profiled = LEAST if len(graphs) > FEW else 1  # turns: of a plan that is checked whole calls count
+    found = _profiles([program for each in programs for program in each], given, threads, profiled)
     return [_middle(found[k : k + copies]) for k in range(0, len(found), copies)]
+
+
+_KEPT: dict[tuple[int, int, int], list[Executable]] = {}  # by graph, for as long as it lives
+
+
+def _programs(graph: Graph, threads: int, copies: int) -> list[Executable]:
+    """A graph, compiled so many times. Large layers of a `Probe` are packed once for all their stripes."""
+    key = id(graph), threads, copies
+    if key not in _KEPT:
+        with choosing(packed_once):
+            made = [compile(replace(graph), threads=threads) for _ in range(copies)]  # that do not keep `graph` alive
+        _KEPT[key] = made
+        weakref.finalize(graph, _KEPT.pop, key, None)
+    return _KEPT[key]
 
 
 def _numbers(graph: Graph) -> int:
@@ -62,24 +87,25 @@ def _middle(found: Sequence[Profile]) -> Profile:
     return Profile(steps, float(np.median([each.whole_ms for each in found])))
 
 
-def _profiles(graphs: Sequence[Graph], threads: int) -> list[Profile]:
-    """One for each program."""
+def _profiles(
+    programs: Sequence[Executable], given: Sequence[list[np.ndarray]], threads: int, profiled: int
+) -> list[Profile]:
+    """One for each program; its steps are timed in so many turns."""
     now = time.thread_time if threads == 1 else time.perf_counter
-    with ThreadPoolExecutor(min(COMPILERS, os.cpu_count() or 1)) as pool:  # much of it is numpy's, which can share
-        programs = list(pool.map(lambda graph: compile(graph, threads=threads), graphs))
-    given = [_inputs(graph) for graph in graphs]
     plans = [_turns(program, x, len(programs)) for program, x in zip(programs, given)]
-    seen: list[list[dict[str, float]]] = [[] for _ in graphs]
-    whole: list[list[float]] = [[] for _ in graphs]
+    seen: list[list[dict[str, float]]] = [[] for _ in programs]
+    whole: list[list[float]] = [[] for _ in programs]
     for turn in range(max((turns for turns, _ in plans), default=0)):
         for k, (program, (turns, runs)) in enumerate(zip(programs, plans)):
             if turn < turns:
-                program(*given[k])
+                if runs > 1:  # else it takes so long, and its weights so much room, that one run changes little
+                    program(*given[k])
                 start = now()
                 for _ in range(runs):
                     program(*given[k])
                 whole[k].append((now() - start) / runs * 1e3)
-                seen[k] += [program.profile(*given[k]) for _ in range(runs)]
+                if turn < profiled:
+                    seen[k] += [program.profile(*given[k]) for _ in range(runs)]
     return [
         Profile({name: _quantile([row[name] for row in rows]) for name in rows[0]}, _quantile(calls))
         for rows, calls in zip(seen, whole)
@@ -94,7 +120,8 @@ def _turns(program: Executable, given: list[np.ndarray], among: int) -> tuple[in
     once = max(1e-6, time.perf_counter() - start)
     runs = max(1, int(TURN / once))
     fill = max(SECONDS, SHARED_SECONDS / among) / ((2 * runs + 1) * once)
-    return max(LEAST, SHARED_LEAST // among, int(fill)), runs
+    least = max(LEAST, SHARED_LEAST // among)
+    return max(-(-least // 2) if once > SLOW else least, int(fill)), runs
 
 
 def _quantile(values: list[float]) -> float:

@@ -19,6 +19,7 @@ from espalier.mapping.candidates import Candidate
 from espalier.mapping.layers import Layer
 from espalier.methods.allocate import weighed
 
+_WEIGHTS, _ROWS = 1_000_000, 64  # of a large layer, that are looked at
 _SAMPLE = 100_000  # groups that are sorted at most; more tell the same curve
 
 
@@ -42,7 +43,7 @@ def errors(candidate: Candidate, w: Tensor, conv_groups: int, densities: Sequenc
     >>> errors(Candidate("filter"), torch.tensor([[3.0], [4.0]]), 1, [1.0, 0.5])
     array([0.  , 0.36])
     """
-    w = w.detach().float().cpu()
+    w = w.detach()[:: max(1, min(w.shape[0] // _ROWS, w.numel() // _WEIGHTS))].float().cpu()
     whole = float(w.square().sum())
     if whole == 0:
         return np.zeros(len(densities))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ import numpy as np
 from espalier.errors import PlanError, UnknownNameError
 from espalier.graph.ir import Graph
 from espalier.mapping import cache
-from espalier.mapping.candidates import BIG, CHANNELS, GRID, WIDE_GRID, Candidate, ladder
+from espalier.mapping.candidates import CHANNELS, GRID, Candidate, ladder
 from espalier.mapping.clock import Clock, Profile, engine_clock
 from espalier.mapping.layers import Layer, layers
 from espalier.mapping.probe import Probe
@@ -29,7 +30,8 @@ from espalier.runtime.cache import Shelf
 from espalier.sparsity import CATALOG, Scheme
 
 Rows = dict[str, float]
-PROGRAMS = 400_000_000  # weights that are held at once by variants of a network that take turns
+PROGRAMS = 200_000_000  # weights that are held at once by variants of a network that take turns
+DENSE_EVERY = 3  # slots, see `_batches`: what the dense network takes is a median of several
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ def latency_model(
     shelf: Shelf | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> LatencyModel:
-    """The latency model of a network; what the cache lacks is measured now (ResNet-50 from nothing: about a minute).
+    """The latency model of a network; what the cache lacks is measured now (ResNet-50 from nothing: about a
+    minute).
 
     candidates: which schemes each layer is measured in. clock: who measures. tell: is told how far it is.
     Raises PlanError for less than one thread.
@@ -132,14 +135,15 @@ def latency_model(
     rows = shelf.read()
     network = _network_key(graph, found)
     probe = Probe(graph, found)
-    batches = _missing(found, ladders, rows)
-    if not batches and f"{network} | rest" not in rows:
-        batches = [[{}, *_slot(found, ladders, 0, GRID[2:3])]]
+    slots = _missing(found, ladders, rows)
+    if not slots and f"{network} | rest" not in rows:
+        slots = [_slot(found, ladders, 0, GRID[2:3])]
     seen: defaultdict[str, list[float]] = defaultdict(list)
-    held = max(1, PROGRAMS // max(1, sum(layer.site.weights for layer in found.values())))
-    batches = [[{}, *each[k : k + held]] for _, *each in batches for k in range(0, len(each), held)]
+    batches = _batches(slots, max(1, PROGRAMS // max(1, sum(layer.site.weights for layer in found.values()))))
+    began = time.monotonic()
     for number, batch in enumerate(batches):
-        tell(f"measuring layers on the engine: {number + 1} of {len(batches)}")
+        left = f", about {(time.monotonic() - began) / number * (len(batches) - number):.0f} s left" if number else ""
+        tell(f"measuring layers on the engine: {number + 1} of {len(batches)}{left}")
         profiles = clock([probe.variant({s: c.at(d) for s, (c, d) in wanted.items()}) for wanted in batch], threads)
         measured = _rows(probe, network, batch, profiles, seen)
         shelf.add(measured)
@@ -197,43 +201,34 @@ def rising(values: np.ndarray) -> np.ndarray:
 Wanted = dict[str, tuple[Candidate, float]]  # one variant of the network: site -> candidate and density
 
 
-def densities(candidate: Candidate, layer: Layer) -> tuple[float, ...]:
+def densities(candidate: Candidate) -> tuple[float, ...]:
     """The densities at which a candidate is measured, highest first."""
     top = candidate.ceiling
-    return (*((top,) if top < 1 else ()), *(d for d in _grid(layer) if d < top))
-
-
-def _grid(layer: Layer) -> tuple[float, ...]:
-    """Large layers are read from memory, which takes them in proportion: few points tell it, and packing them takes."""
-    return WIDE_GRID if layer.site.weights >= BIG else GRID
+    return (*((top,) if top < 1 else ()), *(d for d in GRID if d < top))
 
 
 def _slot(found: Mapping[str, Layer], ladders: Mapping[str, Sequence[Candidate]], k: int, grid: Any) -> list[Wanted]:
-    """Every layer in candidate `k` of its ladder, or its last one; one variant for each density of `grid`.
-
-    A layer is dense in those that are not in its own grid.
-    """
-    variants = []
-    for density in grid:
-        wanted = {
-            s: ladders[s][min(k, len(ladders[s]) - 1)] for s in found if ladders[s] and density in _grid(found[s])
-        }
-        variants.append({s: (c, min(density, c.ceiling)) for s, c in wanted.items()})
-    return variants
+    """Every layer in candidate `k` of its ladder, or its last one; one variant for each density of `grid`."""
+    wanted = {s: ladders[s][min(k, len(ladders[s]) - 1)] for s in found if ladders[s]}
+    return [{s: (c, min(density, c.ceiling)) for s, c in wanted.items()} for density in grid]
 
 
 def _missing(
     found: Mapping[str, Layer], ladders: Mapping[str, Sequence[Candidate]], rows: Mapping[str, float]
 ) -> list[list[Wanted]]:
-    """Batches of variants, one for each rung of the ladders, that measure what `rows` lack.
-
-    The first of each batch is the dense network: it is what all others are compared with.
-    """
-    batches: list[list[Wanted]] = []
+    """For each rung of the ladders the variants that measure what `rows` lack."""
+    slots = []
     for k in range(max((len(each) for each in ladders.values()), default=0)):
-        batch = [w for w in _slot(found, ladders, k, GRID) if any(_key(found[s], *w[s]) not in rows for s in w)]
-        if batch:
-            batches.append([{}, *batch])
+        slots.append([w for w in _slot(found, ladders, k, GRID) if any(_key(found[s], *w[s]) not in rows for s in w)])
+    return [slot for slot in slots if slot]
+
+
+def _batches(slots: Sequence[Sequence[Wanted]], held: int) -> list[list[Wanted]]:
+    """What is measured in turns, at most `held` variants at once; the dense network joins every `DENSE_EVERY` slots."""
+    batches: list[list[Wanted]] = []
+    for number, slot in enumerate(slots):
+        variants = [*([{}] if number % DENSE_EVERY == 0 else []), *slot]
+        batches += [variants[k : k + held] for k in range(0, len(variants), held)]
     return batches
 
 
@@ -282,10 +277,10 @@ def _model(
     curves = {}
     for site, each in ladders.items():
         for candidate in each:
-            points = [(d, rows[_key(found[site], candidate, d)]) for d in densities(candidate, found[site])]
+            points = [(d, rows[_key(found[site], candidate, d)]) for d in densities(candidate)][::-1]
             if candidate.ceiling == 1:
-                points.insert(0, (1.0, dense[site]))
-            at, ms = np.array(points[::-1]).T
+                points += _towards_dense(points, dense[site])
+            at, ms = np.array(points).T
             curves[site, candidate.label] = Curve(at, rising(ms))
     for site in narrowing:  # each channel is a conv of its own: time goes in proportion to how many there are
         curves[site, CHANNELS.label] = Curve(np.array([0.0, 1.0]), np.array([0.0, dense[site]]))
@@ -299,3 +294,14 @@ def _model(
         threads,
         sum(1 for key in rows if not key.startswith("network")),
     )
+
+
+def _towards_dense(points: Sequence[tuple[float, float]], dense_ms: float) -> list[tuple[float, float]]:
+    """What comes above the measured points: time goes on rising with density as it did, and ends at that of dense.
+
+    From where the line would rise above it, the compiler stores the layer dense.
+    """
+    (before, faster), (last, slower) = points[-2:]
+    slope = (slower - faster) / (last - before)
+    meets = last + (dense_ms - slower) / slope if slope > 0 and dense_ms > slower else 1.0
+    return [*([(meets, dense_ms)] if meets < 1 else []), (1.0, dense_ms)]

@@ -7,7 +7,7 @@ all steps then is the network's latency, up to the overhead of the call, which i
 
 The weights are random, masked, and scaled so that activations neither vanish nor explode (numbers too small for
 their exponent are slow on some processors): a table depends on shapes only. A finished plan is measured with the masks
-that the network's own weights ask for.
+that the network's own weights ask for (of large layers: some of their rows, see `stripes`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from espalier.graph import shrink_graph
-from espalier.graph.ir import Graph
+from espalier.graph.ir import Graph, Site
 from espalier.mapping.clock import Profile
 from espalier.mapping.layers import Layer
+from espalier.mapping.stripes import repeated, stripes
 from espalier.sparsity import Scheme
+from espalier.sparsity.masked import masked
 
 
 class Probe:
@@ -33,7 +36,8 @@ class Probe:
         self.graph, self.layers = graph, layers
         self._owner = {node: site for site, layer in layers.items() for node in layer.nodes}
         self._neutral = _neutral_norms(graph)
-        self._random: dict[str, Tensor] = {}
+        self._random: dict[torch.Size, Tensor] = {}
+        self._made: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
 
     def variant(self, schemes: Mapping[str, Scheme], own: bool = False) -> Graph:
         """The network with random weights, those of `schemes` masked; the given graph is not changed.
@@ -43,13 +47,8 @@ class Probe:
         depends on shapes only, and shrunk only where depthwise convs lose channels: that is what they lose them for.
         """
         tensors = {**self.graph.tensors, **self._neutral}
-        for name, layer in self.layers.items():
-            weight = self._weight(name)
-            if name in schemes:
-                judged = self.graph.tensors[name].detach().float().cpu() if own else weight
-                weight = weight * (schemes[name].project(judged, layer.site.conv_groups) != 0)
-            fan_in = max(1.0, float(weight.count_nonzero()) / weight.shape[0])
-            tensors[name] = weight * math.sqrt(2.0 / fan_in)
+        for name in self.layers:
+            tensors[name] = self._own(name, schemes.get(name)) if own else self._weight(name, schemes.get(name))
         made = replace(self.graph, tensors=tensors)
         return shrink_graph(made)[0] if own or any(self.layers[s].site.depthwise for s in schemes) else made
 
@@ -60,7 +59,7 @@ class Probe:
             return []
         tensors = {**self.graph.tensors, **self._neutral}
         for name in sites:
-            tensors[name] = self._weight(name).clone()
+            tensors[name] = self._weight(name, None).clone()
             tensors[name][0] = 0
         cut = shrink_graph(replace(self.graph, tensors=tensors))[1].shapes
         return [name for name in sites if name in cut]
@@ -82,11 +81,35 @@ class Probe:
                 rest += ms
         return spent, rest
 
-    def _weight(self, name: str) -> Tensor:
-        if name not in self._random:
-            shape = self.layers[name].site.shape
-            self._random[name] = torch.randn(shape, generator=torch.Generator().manual_seed(len(self._random)))
-        return self._random[name]
+    def _own(self, name: str, scheme: Scheme | None) -> Tensor:
+        """A site's random weight with the mask that the scheme makes of its own."""
+        if scheme is None:
+            return self._weight(name, None)
+        site = self.layers[name].site
+        count = stripes(site)
+        own = self.graph.tensors[name].detach()[::count].float().cpu()  # as many rows as a stripe has
+        keep = scheme.project(own, site.conv_groups) != 0
+        fan_in = max(1.0, math.prod(site.shape[1:]) * float(keep.float().mean()))
+        return repeated(masked(self._stripe(site), keep).mul_(math.sqrt(2.0 / fan_in)), count)
+
+    def _weight(self, name: str, scheme: Scheme | None) -> Tensor:
+        """A site's random weight, masked. Equal sites share one, for as long as somebody holds it."""
+        site = self.layers[name].site
+        key = (site.shape, site.conv_groups, *((scheme.name, repr(scheme.options), scheme.density) if scheme else ()))
+        if (known := self._made.get(key)) is not None:
+            return known
+        stripe = self._stripe(site)
+        fan_in = max(1.0, math.prod(site.shape[1:]) * (scheme.density if scheme else 1.0))
+        stripe = scheme.project(stripe, site.conv_groups) if scheme else stripe
+        self._made[key] = made = repeated(stripe * math.sqrt(2.0 / fan_in), stripes(site))
+        return made
+
+    def _stripe(self, site: Site) -> Tensor:
+        """Random numbers: the weight of a site, or one of the stripes that it is made of."""
+        shape = torch.Size((site.shape[0] // stripes(site), *site.shape[1:]))
+        if shape not in self._random:
+            self._random[shape] = torch.randn(shape, generator=torch.Generator().manual_seed(len(self._random)))
+        return self._random[shape]
 
 
 def _neutral_norms(graph: Graph) -> dict[str, Tensor]:

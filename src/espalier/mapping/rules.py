@@ -95,6 +95,7 @@ class Rule:
     def __init__(self, model: LatencyModel, damage: Damage, *, beta: float = BETA, others: int = 0) -> None:
         """others: parameters of the network that no site holds, for its size."""
         self.model, self.damage, self.beta, self.others = model, damage, beta, others
+        self._found: dict[int, dict[str, tuple[list[tuple[Candidate | None, float]], Options]]] = {}  # by round
 
     def spared(self, round: int = 0) -> dict[str, Spare]:
         """site -> why it stays dense, in a round of releasing (0: the first)."""
@@ -186,7 +187,12 @@ class Rule:
         return self.model.layer_ms(site, candidate.label, density)
 
     def _options(self, round: int) -> dict[str, tuple[list[tuple[Candidate | None, float]], Options]]:
-        """What every site may become, dense first."""
+        """What every site may become, dense first; found once."""
+        if round not in self._found:
+            self._found[round] = self._options_of(round)
+        return self._found[round]
+
+    def _options_of(self, round: int) -> dict[str, tuple[list[tuple[Candidate | None, float]], Options]]:
         spared, released = self.spared(round), self.spared(0)
         table = {}
         for site in self.model.layers:

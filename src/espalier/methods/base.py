@@ -38,6 +38,7 @@ class Progress:
 
 
 State = dict[str, Tensor]
+_TOLD = 3  # differences that a message names
 
 
 class Method(ABC):
@@ -247,12 +248,9 @@ class Run:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state. Raises MethodError when it belongs to another network, plan or method."""
-        if state.get("identity") != self._identity():
-            raise MethodError(
-                "this state belongs to another network, plan or method: "
-                f"{state.get('identity')}, this run is {self._identity()}"
-            )
+        """Go on from a saved state. Raises MethodError, naming what differs, for another network, plan or method."""
+        if (before := state.get("identity")) != self._identity():
+            raise MethodError(f"this state belongs to another {self._differs(before or {})}")
         self._progress = Progress(int(state["step"]), state["steps"])
         self._state = {key: value.clone() for key, value in state["method"].items()}
         self._buried = dict(state["buried"])
@@ -269,6 +267,18 @@ class Run:
     def _identity(self) -> dict[str, str]:
         plan = {t.site: f"{t.scheme.name} {t.scheme.density:.6g} {list(t.weight.shape)}" for t in self.targets}
         return {"method": repr(self.method), **plan}
+
+    def _differs(self, before: Mapping[str, str]) -> str:
+        """Which of network, plan and method are others than `before` (an `_identity`), and where."""
+        now, sites = self._identity(), self.graph.sites()
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        shapes = {key: {text.partition(" [")[2] for text in (before.get(key), now.get(key)) if text} for key in changed}
+        kinds = {key: "network" if key not in sites or len(shapes[key]) > 1 else "plan" for key in changed}
+        kinds |= {"method": "method"} if "method" in changed else {}
+        what = " and ".join(kind for kind in ("network", "plan", "method") if kind in kinds.values())
+        told = [f"{key} was {before.get(key, 'dense')}, is {now.get(key, 'dense')}" for key in changed]
+        more = f"; and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
+        return f"{what}: {'; '.join(told[:_TOLD])}{more}"
 
     def _on_device(self) -> State:
         """The state, moved to where the weights are now (the module may have been moved after `start`)."""

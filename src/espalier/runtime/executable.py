@@ -6,6 +6,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -144,7 +145,8 @@ class Executable:
             raise ValueError(f"threads must be at least 1, got {threads}")
         if pieces is None:
             # views are told from copies, also inside the caller's inference mode
-            with torch.inference_mode(False), torch.no_grad(), choosing(tuned(graph, self.threads) if tune else None):
+            chosen = choosing(tuned(graph, self.threads)) if tune else nullcontext()
+            with torch.inference_mode(False), torch.no_grad(), chosen:
                 pieces = split(graph)
         self._batch = batch_of(graph)
         self._takes = [_Taken.of(graph.values[name]) for name in graph.inputs]
