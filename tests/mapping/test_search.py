@@ -78,6 +78,18 @@ def test_it_is_at_least_as_good_as_where_it_starts(tmp_path: Path) -> None:
     assert found.picked == start and Log(tmp_path / "t.jsonl", toy().name).trials[0].number == 0
 
 
+@pytest.mark.parametrize("among", [12, 300])
+def test_it_begins_near_its_start_however_much_there_is_to_choose(among: int, tmp_path: Path) -> None:
+    options = (Option(None, 1.0, 3.0), *(Option("weight", 0.5, 0.5 + 2 * k / among) for k in range(among)))
+    space = Space(tuple("abcdefghij"), (options,) * 10, 0.0)
+    start, limit = (1 + among // 3,) * 10, space.latency_ms((1 + among // 3,) * 10)
+    search(space, lambda plan: 50.0, tmp_path / "t.jsonl", limit_ms=limit, trials=8, start=start)
+    trials = Log(tmp_path / "t.jsonl", space.name).trials[1:]
+    changed = np.array([[a != b for a, b in zip(t.picked, start)] for t in trials])
+    assert 0.05 < changed.mean() < 0.4
+    assert np.median([abs(t.latency_ms / limit - 1) for t in trials]) < 0.15
+
+
 def test_the_finalists_meet_again_under_a_better_score(tmp_path: Path) -> None:
     space, asked = toy(), []
     tried = [

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from espalier.mapping.space import Space
+from espalier.mapping.space import Option, Space
 
 WIDTH = 32
-FAVOUR = 3.0  # in the logits of a choice that is known to be good: it starts with most of the probability
+FAVOURED = 0.8  # the probability with which a choice that is known to be good starts, however many there are
+FAR = 4.0  # what others lose in their logits for every factor e that their latency is from that choice's
 LR, ENTROPY = 0.03, 0.2
 
 
@@ -20,6 +22,8 @@ class Policy(nn.Module):
     A GRU reads what was chosen for the layer before; its head and a table of biases by layer give the logits. Updates
     are REINFORCE with the place in the batch as advantage, -1 .. 1, so that a plan far above the target does not drown
     what sets the others apart (our reading), and a little entropy.
+
+    favourite: a choice that is known to be good, to begin near: most layers of a sample have it.
     """
 
     def __init__(self, space: Space, seed: int, favourite: Sequence[int] | None = None) -> None:
@@ -34,9 +38,9 @@ class Policy(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.bias = nn.Parameter(torch.zeros(len(self.sizes), widest))
-        if favourite is not None:
+        for layer, known in enumerate(favourite or ()):
             with torch.no_grad():
-                self.bias[torch.arange(len(self.sizes)), torch.tensor(list(favourite))] = FAVOUR
+                self.bias[layer, : self.sizes[layer]] = _near(space.options[layer], known)
         reach = torch.arange(widest)[None, :] < torch.tensor(self.sizes)[:, None]
         self.register_buffer("reach", reach, persistent=False)
         self.optimizer = torch.optim.Adam(self.parameters(), lr=LR)
@@ -82,3 +86,13 @@ class Policy(nn.Module):
         state = self.cell(self.before(last), state)
         logits = self.head(state) + self.bias[layer]
         return logits.masked_fill(~self._of(layer), float("-inf")), state
+
+
+def _near(options: Sequence[Option], known: int) -> Tensor:
+    """Logits of a layer's options around one: it is favoured, and of the others those that are about as fast, so that
+    a plan with some layers changed keeps about its latency."""
+    ms = torch.tensor([max(each.ms, 1e-6) for each in options]).log()
+    logits = -FAR * (ms - ms[known]).abs()
+    others = torch.cat([logits[:known], logits[known + 1 :]]).logsumexp(0)
+    logits[known] = math.log(FAVOURED / (1 - FAVOURED)) + (others if len(options) > 1 else 0.0)
+    return logits
