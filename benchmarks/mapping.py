@@ -4,10 +4,10 @@
 
 ResNet-20 on CIFAR-10 from published weights. Every plan aims at the same speedups over our own dense network, as
 measured. All are trained by one method and recipe, with the dense network as teacher, for equally many epochs on the
-same data; then shrunk, and timed beside the dense network and the dense rivals in one interleaved run. --long adds the
-plan by rule at a speedup of its own, trained for so many epochs by a recipe of its own (--long-*, --teacher). Layers
-that the rule spares at first are spared by the uniform plans too. Choices are made on a tenth of the training set,
-which the published weights have seen; the test set is for the figures only.
+same data; then shrunk, and timed beside the dense network and the dense rivals in one interleaved run. --long adds
+plans by rule at speedups of their own, trained for so many epochs by a recipe of their own (--long-*, --teacher).
+Layers that the rule spares at first are spared by the uniform plans too. Choices are made on a tenth of the training
+set, which the published weights have seen; the test set is for the figures only.
 
 Plans are made and timed first, in this process; then the search tries its trials and the plans are trained, in
 --workers processes of one thread each. Stopped and started again it goes on where it was: what is finished lies in
@@ -98,6 +98,10 @@ class Setting:
         return dense.whole_ms / cut.whole_ms
 
 
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
 def example() -> torch.Tensor:
     return torch.zeros(1, 3, 32, 32)
 
@@ -179,7 +183,7 @@ def made_plans(setting: Setting, speedups: list[float], work: Workspace) -> dict
     plans: dict[str, dict[str, str]] = json.loads(file.read_text()) if file.exists() else {}
     a = setting.arguments
     for title, make in makers.items():
-        for speedup in [*speedups, *([a.long_speedup] if a.long and title == RULE else [])]:
+        for speedup in [*speedups, *(numbers(a.long_speedups) if a.long and title == RULE else [])]:
             name = f"{title}/{speedup:g}"
             if name not in plans:
                 try:
@@ -346,8 +350,8 @@ def main() -> None:
     parser.set_defaults(out="out/mapping")
     parser.add_argument("--weights", default="cifar10_resnet20.safetensors")
     parser.add_argument("--epochs", type=int, default=4, help="of each plan")
-    parser.add_argument("--long", type=int, default=15, help="epochs of one more training of the rule's plan; 0: none")
-    parser.add_argument("--long-speedup", type=float, default=2.88)
+    parser.add_argument("--long", type=int, default=15, help="epochs of more trainings of plans by rule; 0: none")
+    parser.add_argument("--long-speedups", default="2.88,2.1", help="of these")
     parser.add_argument("--long-lr", type=float, default=0.05)
     parser.add_argument("--long-distill", type=float, default=0.5)
     parser.add_argument("--long-shaping", type=int, default=SHAPING, help="epochs of it; 0: pruned in one shot")
@@ -373,11 +377,11 @@ def main() -> None:
     graph = es.capture(network, example())
     latency = es.latency_model(graph, threads=a.threads, tell=print)
     setting = Setting(a, cifar10(a), latency, network, graph, es.capture(pretrained(a.weights), example()))
-    speedups = [float(s) for s in a.speedups.split(",")]
+    speedups = numbers(a.speedups)
     plans = made_plans(setting, speedups, work)
     cells = [Cell(title, s, a.epochs) for s in reversed(speedups) for title in (RULE, SEARCH, *UNIFORM)]
     if a.long:
-        cells.insert(0, Cell(RULE, a.long_speedup, a.long))
+        cells = [*(Cell(RULE, s, a.long) for s in numbers(a.long_speedups)), *cells]
     cells = [cell for cell in dict.fromkeys(cells) if "toml" in plans[cell.name]]
     file = Path(a.out) / "cells.json"
     try:
