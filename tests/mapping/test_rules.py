@@ -179,6 +179,21 @@ def test_a_table_that_jumps_is_corrected_from_both_sides(net: Net, model: Latenc
     assert made.measured_speedup == pytest.approx(2.2, rel=0.05)
 
 
+def test_a_network_that_died_in_one_shot_is_stepped_away_from(net: Net, model: LatencyModel) -> None:
+    """Cut further than to half of its time it is measured at next to nothing: proportion would lead back to dense."""
+    clock, seen = CountingClock(), list[float]()
+
+    def dying(graphs, threads):
+        whole, cut = clock(graphs, threads)
+        share = cut.whole_ms / whole.whole_ms
+        seen.append(share)
+        return [whole, type(cut)(cut.steps, 0.02 * whole.whole_ms if share < 0.5 else 0.85 * cut.whole_ms)]
+
+    made = propose(net, example(), Targets(speedup=2.2), latency=model, clock=dying)
+    assert seen[0] < 0.5 and max(seen) < 0.8
+    assert made.measured_speedup == pytest.approx(2.2, rel=0.05)
+
+
 def test_several_targets_at_once(net: Net, model: LatencyModel) -> None:
     made = asked(net, model, speedup=1.5, macs=0.3, size_mb=0.012)
     assert made.predicted.latency_ms <= made.dense.latency_ms / 1.5 * 1.03

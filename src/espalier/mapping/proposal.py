@@ -28,6 +28,8 @@ MARGIN = 0.015  # so much below the asked latency a plan is aimed: early is bett
 CLOSE = 0.02  # a measured latency this close to the aimed one is not corrected any further
 NEAR, PATIENCE = 0.035, 6.0  # after so many seconds this close is close enough: within 5 % of what was asked
 CORRECTIONS = 5
+STRIDE = 1.5  # the most by which a correction moves while measurements lie on one side of the goal
+DEAD = 0.5  # of the goal: what is measured below that has lost more than it was asked to, and brackets nothing
 
 
 @dataclass(frozen=True)
@@ -234,11 +236,15 @@ class _Seen:
 
 
 def _next_aim(seen: Sequence[_Seen], goal: float) -> float:
-    """Between the nearest measurements on both sides of the goal; in proportion while there is one side only."""
-    low = max((each for each in seen if each.ms <= goal), key=lambda each: each.ms, default=None)
+    """Between the nearest measurements on both sides of the goal; in proportion while there is one side only.
+
+    Pruned in one shot a network may die of too few channels: such a measurement says little, and is stepped away from.
+    """
+    low = max((each for each in seen if DEAD * goal <= each.ms <= goal), key=lambda each: each.ms, default=None)
     high = min((each for each in seen if each.ms > goal), key=lambda each: each.ms, default=None)
     if low is None or high is None:
-        return seen[-1].aim * goal / seen[-1].ms
+        last = low or high or seen[-1]
+        return last.aim * min(STRIDE, max(1 / STRIDE, goal / last.ms))
     return low.aim + (high.aim - low.aim) * (goal - low.ms) / (high.ms - low.ms)
 
 
