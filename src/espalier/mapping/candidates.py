@@ -17,7 +17,7 @@ from typing import Any
 from espalier.mapping.layers import Layer
 from espalier.sparsity import Scheme, ceiling, scheme, unfit
 
-GRID = (0.45, 0.2, 0.05, 0.025)  # densities that are measured; in between, the table interpolates
+GRID = (0.7, 0.45, 0.2, 0.05, 0.025)  # densities that are measured; in between, the table interpolates
 
 
 @dataclass(frozen=True)
