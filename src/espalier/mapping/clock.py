@@ -46,8 +46,8 @@ Clock = Callable[[Sequence[Graph], int], list[Profile]]
 def engine_clock(graphs: Sequence[Graph], threads: int) -> list[Profile]:
     """Compile the graphs, and time them on one random sample in turns.
 
-    A turn runs a program once, to bring its weights and activations to where they are in steady use, and then often
-    enough to fill `TURN` seconds: with whole calls timed together, and in the first turns as often with every step
+    A turn runs a program once, to bring its weights and activations to where they are in steady use (not where all
+    take longer than `SLOW`: such weights have no such place), and then often enough to fill `TURN` seconds: with whole calls timed together, and in the first turns as often with every step
     timed. With one thread whole calls count in processor time, which on a quiet machine is the wall clock's, and on a
     busy one leaves out the turns that other programs had meanwhile. One or two small networks are compiled several
     times (see COPIES). A graph that is given again, the very same object, is not compiled again.
@@ -93,12 +93,14 @@ def _profiles(
     """One for each program; its steps are timed in so many turns."""
     now = time.thread_time if threads == 1 else time.perf_counter
     plans = [_turns(program, x, len(programs)) for program, x in zip(programs, given)]
+    # what takes long enough finds nothing of its own in the caches the second time: but all are treated alike
+    warm = min((once for _, _, once in plans), default=0.0) <= SLOW
     seen: list[list[dict[str, float]]] = [[] for _ in programs]
     whole: list[list[float]] = [[] for _ in programs]
-    for turn in range(max((turns for turns, _ in plans), default=0)):
-        for k, (program, (turns, runs)) in enumerate(zip(programs, plans)):
+    for turn in range(max((turns for turns, _, _ in plans), default=0)):
+        for k, (program, (turns, runs, _)) in enumerate(zip(programs, plans)):
             if turn < turns:
-                if runs > 1:  # else it takes so long, and its weights so much room, that one run changes little
+                if warm:
                     program(*given[k])
                 start = now()
                 for _ in range(runs):
@@ -112,8 +114,8 @@ def _profiles(
     ]
 
 
-def _turns(program: Executable, given: list[np.ndarray], among: int) -> tuple[int, int]:
-    """How many turns of one program among so many, and how many runs in each."""
+def _turns(program: Executable, given: list[np.ndarray], among: int) -> tuple[int, int, float]:
+    """How many turns of one program among so many, how many runs in each, and the seconds of one run."""
     program(*given)
     start = time.perf_counter()
     program(*given)
@@ -121,7 +123,7 @@ def _turns(program: Executable, given: list[np.ndarray], among: int) -> tuple[in
     runs = max(1, int(TURN / once))
     fill = max(SECONDS, SHARED_SECONDS / among) / ((2 * runs + 1) * once)
     least = max(LEAST, SHARED_LEAST // among)
-    return max(-(-least // 2) if once > SLOW else least, int(fill)), runs
+    return max(-(-least // 2) if once > SLOW else least, int(fill)), runs, once
 
 
 def _quantile(values: list[float]) -> float:
