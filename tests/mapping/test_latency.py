@@ -15,7 +15,7 @@ import espalier as es
 from espalier import compiler
 from espalier.errors import PlanError, UnknownNameError
 from espalier.mapping import cache, check, clock, latency, latency_model, mean_error
-from espalier.mapping.candidates import GRID, find, ladder
+from espalier.mapping.candidates import GRID, WINDOWED, find, ladder
 from espalier.mapping.clock import Profile
 from espalier.mapping.latency import label_of, rising
 from espalier.mapping.layers import layers
@@ -100,7 +100,9 @@ def test_large_networks_are_measured_in_parts(graph: es.Graph, tmp_path: Path, m
 
     monkeypatch.setattr(latency, "PROGRAMS", 2 * sum(site.weights for site in graph.sites().values()))
     made = latency_model(graph, clock=counting, shelf=Shelf("latency", WHO, tmp_path / "b"), tell=told.append)
-    assert max(sizes) == 2 and clock.graphs == 8 * len(GRID) + 3  # the dense network stands in every third slot
+    assert (
+        max(sizes) == 2 and clock.graphs == len(WINDOWED) * len(GRID) + 3
+    )  # the dense network stands in every third slot
     assert len(told) == len(sizes) and "s left" not in told[0] and all("s left" in line for line in told[1:])
     for site in ("a.weight", "point.weight"):
         for density in GRID:
@@ -115,8 +117,8 @@ def test_time_goes_on_rising_until_it_is_that_of_dense(graph: es.Graph, tmp_path
         assert latency._towards_dense([(0.2, 2.0), (0.45, 4.5)], ms) == [(1.0, ms)]
     assert latency._towards_dense([(0.2, 2.0), (0.45, 2.0)], 6.0) == [(1.0, 6.0)]
     model = latency_model(graph, clock=CountingClock(), shelf=Shelf("latency", WHO, tmp_path))
-    at = {d: model.layer_ms("a.weight", "weight", d) for d in (0.3, 0.45, 0.9)}
-    assert at[0.3] < at[0.45] < at[0.9] == model.dense["a.weight"]  # four random rows leave no column out at 0.45
+    at = {d: model.layer_ms("a.weight", "weight", d) for d in (0.3, 0.45, 0.9, 1.0)}
+    assert at[0.3] < at[0.45] < at[0.9] <= at[1.0] == model.dense["a.weight"]
 
 
 def test_a_damaged_cache_is_measured_anew(graph: es.Graph, tmp_path: Path) -> None:

@@ -47,10 +47,11 @@ def engine_clock(graphs: Sequence[Graph], threads: int) -> list[Profile]:
     """Compile the graphs, and time them on one random sample in turns.
 
     A turn runs a program once, to bring its weights and activations to where they are in steady use (not where all
-    take longer than `SLOW`: such weights have no such place), and then often enough to fill `TURN` seconds: with whole calls timed together, and in the first turns as often with every step
-    timed. With one thread whole calls count in processor time, which on a quiet machine is the wall clock's, and on a
-    busy one leaves out the turns that other programs had meanwhile. One or two small networks are compiled several
-    times (see COPIES). A graph that is given again, the very same object, is not compiled again.
+    take longer than `SLOW`: such weights have no such place), and then often enough to fill `TURN` seconds: with whole
+    calls timed together, and in the first turns as often with every step timed. With one thread whole calls count in
+    processor time, which on a quiet machine is the wall clock's, and on a busy one leaves out the turns that other
+    programs had meanwhile. One or two small networks are compiled several times (see COPIES). A graph that is given
+    again, the very same object, is not compiled again.
     """
     copies = COPIES if len(graphs) <= FEW and all(_numbers(graph) <= SMALL for graph in graphs) else 1
     # much of compiling is numpy's, which can share; what large networks take is mostly memory
