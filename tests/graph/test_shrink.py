@@ -250,3 +250,17 @@ def test_couplings_look_at_channels_and_not_at_pixels(monkeypatch: pytest.Monkey
     monkeypatch.setattr(np, "unique", spied)
     found = couplings(capture(Sum(), torch.zeros(1, 3, 48, 48)))
     assert seen == [8] and found.labels["a.weight@0"].shape == (8,)
+
+
+@pytest.mark.parametrize("alive", [1, 2])
+def test_what_is_cut_shares_no_memory(alive: int) -> None:
+    """Also where one conv group is left, as it was: writing to the small network leaves the large one alone."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 2, 1)).eval()
+    with torch.no_grad():
+        net[2].weight[:, 2 * alive :] = 0
+    graph = capture(net, torch.randn(2, 3, 5, 5))
+    small, _ = shrink_graph(graph)
+    cut = [name for name, tensor in small.tensors.items() if tensor.shape != graph.tensors[name].shape]
+    assert {small.tensors[name].shape for name in cut} >= {(2 * alive, 1, 3, 3), (2, 2 * alive, 1, 1)}
+    held = {tensor.untyped_storage().data_ptr() for tensor in graph.tensors.values()}
+    assert not held & {small.tensors[name].untyped_storage().data_ptr() for name in cut}

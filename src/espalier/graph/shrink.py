@@ -120,8 +120,8 @@ def _cut_weight(graph: Graph, live: Liveness, name: str) -> Tensor:
     kept = [
         _taken(_taken(part, row, 0), column, 1) for part, row, column in zip(parts, rows, columns) if bool(row.any())
     ]
-    if len(kept) == 1:
-        return kept[0]
+    if len(parts) == len(kept) == 1:
+        return kept[0]  # something was taken out of it: a copy
     return torch.cat(kept or [weight])  # nothing was there to keep
 
 
