@@ -33,6 +33,11 @@ def key_of(cell: Any) -> str:
     return "/".join(str(value) for value in astuple(cell))
 
 
+def numbers(text: str) -> list[float]:
+    """What an option such as '2,3.5' says."""
+    return [float(part) for part in text.split(",")]
+
+
 def options(doc: str | None) -> argparse.ArgumentParser:
     """A parser with the options that every grid has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

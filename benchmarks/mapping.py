@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import key_of, options, run_cells
+from cells import key_of, numbers, options, run_cells
 from torch import nn
 from training import Training
 
@@ -96,10 +96,6 @@ class Setting:
         es.Run(self.trial, plan.resolve(self.trial.sites()), get("magnitude"), None).finish()
         dense, cut = engine_clock([self.graph, shrink_graph(self.trial)[0]], self.latency.threads)
         return dense.whole_ms / cut.whole_ms
-
-
-def numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
 
 
 def example() -> torch.Tensor:

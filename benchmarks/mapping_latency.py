@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cells import numbers
 
 import espalier as es
 from espalier.errors import EspalierError
@@ -149,7 +150,7 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     held = json.loads(RESULTS.read_text())["networks"] if RESULTS.exists() else {}
     for name in a.networks.split(","):
-        speedups = [float(s) for s in a.speedups.split(",") if s]
+        speedups = numbers(a.speedups) if a.speedups else []
         key = f"{name}, {a.threads} threads"
         held[key] = network_rows(name, speedups, a.threads, a.rounds, not a.no_check, held.get(key, {}))
         report = {"machine": es.machine(), "networks": held}

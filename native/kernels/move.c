@@ -59,20 +59,14 @@ static void inside_of(int64_t size, int64_t stride, int64_t from, int64_t room, 
     *low = *low > *high ? *high : *low;
 }
 
-/* Rows of every second pixel, first in front of it and from last on a zero where there is no pixel. */
+/* Rows of every second pixel, with a zero in front of `first` and behind `last` where the plane has no pixel. What lies
+ * behind rows may be read. */
 static void pick_rows(float *to, int64_t to_stride, int64_t width, const float *from, int64_t from_stride, int64_t rows,
     int64_t first, int64_t last)
 {
     for (; rows > 0; rows--, to += to_stride, from += from_stride) {
         if (first) to[0] = 0;
-        for (int64_t x = first; x < last; x += ESP_WIDTH) {
-            const float *two = from + 2 * (x - first);
-            const vec picked = even_lanes(load(two), load(two + ESP_WIDTH));
-            if (last - x >= ESP_WIDTH)
-                store(to + x, picked);
-            else
-                store_part(to + x, picked, (int)(last - x));
-        }
+        pick_even(to + first, from, last - first, INT64_MAX);
         if (last < width) to[last] = 0;
     }
 }

@@ -47,7 +47,7 @@ class StepRow:
 
 @dataclass(frozen=True)
 class _Taken:
-    """An input as calls must give it. array: the dtype's name in numpy. sizes: of a sample, or of the whole tensor."""
+    """An input as calls must give it. array: the same dtype in numpy. sizes: of a sample, or of the whole tensor."""
 
     dtype: torch.dtype
     array: object
