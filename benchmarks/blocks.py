@@ -82,7 +82,7 @@ def measure(layer: Layer, variant: str, rounds: int) -> dict[str, Any] | None:
             weight.copy_(scheme.project(weight))
             reached[str(density)] = float(weight.count_nonzero()) / weight.numel()
         programs[str(density)] = es.compile(module, example, threads=1)
-    timings = es.bench({key: (lambda p=p: p(example)) for key, p in programs.items()}, rounds=rounds)
+    timings = es.bench({key: p.bind(example) for key, p in programs.items()}, rounds=rounds)
     whole = timings["dense"].median_ms
     points = []
     for key, timing in timings.items():

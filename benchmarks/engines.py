@@ -94,7 +94,7 @@ def measure(name: str, threads: int, rivals: tuple[str, ...], rounds: int) -> di
         program = es.compile(pruned, example, threads=threads)
         variants[variant.name] = {"compile_s": time.perf_counter() - start}
         compiled[variant.name] = candidates[variant.name] = program
-    candidates = {key: (lambda p=program: p(example)) for key, program in compiled.items()}
+    candidates = {key: program.bind(example) for key, program in compiled.items()}
     candidates |= {key: rival(key)(module, example, threads) for key in rivals}
     timings = es.bench(candidates, rounds=rounds, seconds=0.03)
     fastest = min(rivals, key=lambda key: timings[key].median_ms)

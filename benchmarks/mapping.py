@@ -279,7 +279,7 @@ def timed(cells: list[Cell], a: argparse.Namespace) -> dict[str, dict[str, float
         modules[key_of(cell)] = es.shrink(network.eval(), example())
     x = torch.randn(example().shape, generator=torch.Generator().manual_seed(0))
     programs = {name: es.compile(module, x, threads=a.threads) for name, module in modules.items()}
-    calls: dict[str, Callable[[], object]] = {name: (lambda p=p: p(x)) for name, p in programs.items()}
+    calls: dict[str, Callable[[], object]] = {name: p.bind(x) for name, p in programs.items()}
     calls |= {name: rival(name)(dense, x, a.threads) for name in RIVALS}
     return {name: dataclasses.asdict(t) for name, t in es.bench(calls, rounds=a.rounds).items()}
 

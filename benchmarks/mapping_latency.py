@@ -92,7 +92,7 @@ def measured(
     for _ in range(COMPILED):
         for asked, small in cut.items():
             programs = {k: es.compile(g, threads=model.threads) for k, g in (("dense", dense), ("plan", small))}
-            calls = {key: (lambda p=p: p(x)) for key, p in programs.items()}
+            calls = {key: p.bind(x) for key, p in programs.items()}
             for key, values in in_turns(calls, rounds // COMPILED, model.threads).items():
                 ms[asked][key] += values
     return ms

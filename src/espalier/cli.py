@@ -204,10 +204,10 @@ def bench_command(
         module = _cut(module, example, density, scheme)
     torch.set_num_threads(threads)
     program = compile(module, example, threads=threads, tune=tune)
-    candidates: dict[str, Callable[[], object]] = {"espalier": lambda: program(example)}
+    candidates: dict[str, Callable[[], object]] = {"espalier": program.bind(example)}
     if density is not None:
         whole = compile(dense, example, threads=threads)
-        candidates["espalier, uncut"] = lambda: whole(example)
+        candidates["espalier, uncut"] = whole.bind(example)
     for name, make in rivals.items():
         candidates[name] = make(dense.eval(), example, threads)
     timings = bench(candidates, rounds=rounds)

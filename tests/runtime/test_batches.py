@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from espalier.runtime.executable import Executable, _array, compile
+from espalier.runtime.executable import Executable, compile
+from espalier.runtime.runners import array_of
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +73,12 @@ def test_steps_are_timed_in_batches_too(network, samples) -> None:
 
 def test_tensors_and_arrays_are_read_where_they_lie() -> None:
     x = torch.randn(2, 3, 4, 4)
-    assert np.shares_memory(_array(x), x.numpy())
-    assert np.shares_memory(_array(x.numpy()), x.numpy())
-    assert np.shares_memory(_array(x[1:]), x.numpy())  # part of a batch
+    assert np.shares_memory(array_of(x), x.numpy())
+    assert np.shares_memory(array_of(x.numpy()), x.numpy())
+    assert np.shares_memory(array_of(x[1:]), x.numpy())  # part of a batch
     last = x.to(memory_format=torch.channels_last)
-    assert not np.shares_memory(_array(last), last.permute(0, 2, 3, 1).numpy())  # must be turned
-    assert (_array(last) == x.numpy()).all()
+    assert not np.shares_memory(array_of(last), last.permute(0, 2, 3, 1).numpy())  # must be turned
+    assert (array_of(last) == x.numpy()).all()
 
 
 def test_results_belong_to_the_caller(network, samples) -> None:

@@ -16,6 +16,7 @@ from espalier.compiler.blocks import choosing
 from espalier.graph.ir import Graph
 from espalier.mapping.stripes import packed_once
 from espalier.runtime import compile
+from espalier.runtime.bound import Bound
 from espalier.runtime.executable import Executable
 
 # Turns of one program: as many as fill the time. A few programs share what many would take: then it is a plan that is
@@ -93,33 +94,34 @@ def _profiles(
 ) -> list[Profile]:
     """One for each program; its steps are timed in so many turns."""
     now = time.thread_time if threads == 1 else time.perf_counter
-    plans = [_turns(program, x, len(programs)) for program, x in zip(programs, given)]
+    calls = [program.bind(*x) for program, x in zip(programs, given)]
+    plans = [_turns(call, len(calls)) for call in calls]
     # what takes long enough finds nothing of its own in the caches the second time: but all are treated alike
     warm = min((once for _, _, once in plans), default=0.0) <= SLOW
     seen: list[list[dict[str, float]]] = [[] for _ in programs]
     whole: list[list[float]] = [[] for _ in programs]
     for turn in range(max((turns for turns, _, _ in plans), default=0)):
-        for k, (program, (turns, runs, _)) in enumerate(zip(programs, plans)):
+        for k, (call, (turns, runs, _)) in enumerate(zip(calls, plans)):
             if turn < turns:
                 if warm:
-                    program(*given[k])
+                    call()
                 start = now()
                 for _ in range(runs):
-                    program(*given[k])
+                    call()
                 whole[k].append((now() - start) / runs * 1e3)
                 if turn < profiled:
-                    seen[k] += [program.profile(*given[k]) for _ in range(runs)]
+                    seen[k] += [call.profile() for _ in range(runs)]
     return [
         Profile({name: _quantile([row[name] for row in rows]) for name in rows[0]}, _quantile(calls))
         for rows, calls in zip(seen, whole)
     ]
 
 
-def _turns(program: Executable, given: list[np.ndarray], among: int) -> tuple[int, int, float]:
+def _turns(call: Bound, among: int) -> tuple[int, int, float]:
     """How many turns of one program among so many, how many runs in each, and the seconds of one run."""
-    program(*given)
+    call()
     start = time.perf_counter()
-    program(*given)
+    call()
     once = max(1e-6, time.perf_counter() - start)
     runs = max(1, int(TURN / once))
     fill = max(SECONDS, SHARED_SECONDS / among) / ((2 * runs + 1) * once)

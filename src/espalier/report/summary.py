@@ -50,8 +50,7 @@ def _eager(module: nn.Module, example: Tensor) -> Callable[[], object]:
 
 
 def _engine(module: nn.Module, example: Tensor, threads: int) -> Callable[[], object]:
-    program = compile(module, example, threads=threads)
-    return lambda: program(example)
+    return compile(module, example, threads=threads).bind(example)
 
 
 def achieved(report: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import hashlib
 import os
 import sys
 import sysconfig
-from collections.abc import Sequence
-from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, Array, c_char_p, c_double, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,7 +189,7 @@ class Context:
             raise EngineError(message.value.decode(errors="replace"), code)
         self._handle, self.process = handle, os.getpid()
         self._shapes = [[shape for _, shape in ends] for ends in (program.inputs, program.outputs)]
-        self._pointers = [(c_void_p * max(1, len(shapes)))() for shapes in self._shapes]
+        self._pointers = self._new_pointers()
 
     def __del__(self) -> None:
         if self._handle is not None and self.process == os.getpid():  # its threads did not follow a fork
@@ -197,6 +197,30 @@ class Context:
 
     def run(self, inputs: Sequence[np.ndarray], batch: int) -> list[np.ndarray]:
         """Outputs for `batch` samples; inputs are contiguous float32 ``[batch, *shape]`` and checked by the caller."""
+        outputs = self._aim(self._pointers, inputs, batch)
+        code = self._library.esp_run(self._handle, batch, *self._pointers)
+        if code:
+            raise self._refused(code)
+        return outputs
+
+    def bind(self, inputs: Sequence[np.ndarray], batch: int) -> tuple[Callable[[], None], list[np.ndarray]]:
+        """A run that reads these arrays as they are by then, and the arrays that it writes. The caller keeps both."""
+        pointers = self._new_pointers()
+        outputs = self._aim(pointers, inputs, batch)
+        run, arguments = self._library.esp_run, (self._handle, c_int64(batch), *pointers)
+
+        def call() -> None:
+            code = run(*arguments)
+            if code:
+                raise self._refused(code)
+
+        return call, outputs
+
+    def _new_pointers(self) -> list[Array[c_void_p]]:
+        return [(c_void_p * max(1, len(shapes)))() for shapes in self._shapes]
+
+    def _aim(self, pointers: list[Array[c_void_p]], inputs: Sequence[np.ndarray], batch: int) -> list[np.ndarray]:
+        """Pointers to inputs and to new outputs, which are given back."""
         taken, made = self._shapes
         outputs = [np.empty((batch, *shape), _FLOAT) for shape in made]
         fits = len(inputs) == len(taken)
@@ -205,13 +229,13 @@ class Context:
         if not fits:
             shapes = [(batch, *shape) for shape in taken]
             raise EngineError(f"the program takes contiguous float32 arrays of shapes {shapes}", 1)
-        for pointers, arrays in zip(self._pointers, (inputs, outputs)):
+        for places, arrays in zip(pointers, (inputs, outputs)):
             for i, x in enumerate(arrays):
-                pointers[i] = x.__array_interface__["data"][0]  # half the time of x.ctypes.data
-        code = self._library.esp_run(self._handle, batch, *self._pointers)
-        if code:
-            raise EngineError(f"the engine refused to run: {self.program._code_name(code)}", code)
+                places[i] = x.__array_interface__["data"][0]  # half the time of x.ctypes.data
         return outputs
+
+    def _refused(self, code: int) -> EngineError:
+        return EngineError(f"the engine refused to run: {self.program._code_name(code)}", code)
 
     def profile(self, on: bool) -> None:
         """Time every step of the runs that follow; sets the times to zero."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -19,10 +18,12 @@ from espalier.compiler.lower import Piece, batch_of, split
 from espalier.compiler.program import Step
 from espalier.errors import ShapeError
 from espalier.graph.capture import ExampleInputs, capture
-from espalier.graph.interpret import assemble, run_values
+from espalier.graph.interpret import assemble
 from espalier.graph.ir import Graph, Value
 from espalier.graph.module import to_module
-from espalier.runtime.engine import Context, LoadedProgram
+from espalier.runtime.bound import Bound
+from espalier.runtime.engine import LoadedProgram
+from espalier.runtime.runners import InTorch, Native, array_of, tensor_of
 from espalier.runtime.tune import tuned
 
 MOST_SAMPLES = 2**31 - 1  # in one call, as in esp_run
@@ -71,57 +72,6 @@ class _Taken:
         return right and shape[1:] == self.sizes and len(shape) > 0 and batch in (None, shape[0])
 
 
-class _Native:
-    """A piece with its program in the engine, and contexts that wait for callers."""
-
-    def __init__(self, piece: Piece, threads: int) -> None:
-        assert piece.program is not None
-        self.program, self.threads = piece.program, threads
-        self.loaded = LoadedProgram(piece.code)
-        self.inputs, self.outputs = piece.graph.inputs, piece.graph.outputs
-        self.idle: list[Context] = [Context(self.loaded, threads)]
-
-    def __call__(self, values: dict[str, Any], batch: int, times: defaultdict[str, float] | None) -> None:
-        arrays = [_array(values[name]) for name in self.inputs]
-        context = self._context()
-        try:
-            if times is not None:
-                context.profile(True)
-            results = context.run(arrays, batch)
-            if times is not None:
-                for step, spent in zip(self.program.steps, context.step_ms()):
-                    times[step.layer] += spent
-                context.profile(False)
-        finally:
-            self.idle.append(context)
-        values.update(zip(self.outputs, results))
-
-    def _context(self) -> Context:
-        """One that nobody else has. Those of a process that forked are left alone: their threads did not follow."""
-        while True:
-            try:
-                context = self.idle.pop()  # atomic: two callers never get the same
-            except IndexError:
-                return Context(self.loaded, self.threads)
-            if context.process == os.getpid():
-                return context
-
-
-class _Torch:
-    """A piece that PyTorch runs."""
-
-    def __init__(self, piece: Piece) -> None:
-        self.graph = piece.graph
-
-    def __call__(self, values: dict[str, Any], batch: int, times: defaultdict[str, float] | None) -> None:
-        start = time.perf_counter()
-        with torch.no_grad():
-            found = run_values(self.graph, [torch.as_tensor(values[name]) for name in self.graph.inputs])
-        if times is not None:  # of all that runs here, under the name of the first
-            times[self.graph.nodes[0].name] += (time.perf_counter() - start) * 1e3
-        values.update({name: found[name] for name in self.graph.outputs})
-
-
 class Executable:
     """A network compiled for this machine. May be called from several threads at once.
 
@@ -150,7 +100,7 @@ class Executable:
                 pieces = split(graph)
         self._batch = batch_of(graph)
         self._takes = [_Taken.of(graph.values[name]) for name in graph.inputs]
-        self._runners = [_Native(p, self.threads) if p.program else _Torch(p) for p in pieces]
+        self._runners = [Native(p, self.threads) if p.program else InTorch(p) for p in pieces]
         self._pieces = tuple(replace(p, code=b"") for p in pieces)  # the engine has its own copy
 
     @property
@@ -165,6 +115,20 @@ class Executable:
         """
         return self._run(inputs, named, None)
 
+    def bind(self, *inputs: Any, **named: Any) -> Bound:
+        """A call on these very tensors or arrays, for loops in which microseconds count.
+
+        Each call reads what stands in them by then, and writes into outputs that keep their place, too: the next call
+        overwrites them, and nothing is allocated or checked. One thread may use it at a time; other calls of the
+        network go on beside it. Raises ShapeError as a call does, and for an input that is not contiguous.
+
+        >>> call = program.bind(frame)
+        >>> while camera.read(into=frame):
+        ...     label = int(call().argmax())
+        """
+        given = self._checked(inputs, named)
+        return Bound(self, given, self._samples(given))
+
     def profile(self, *inputs: Any, **named: Any) -> dict[str, float]:
         """Milliseconds of every step by name in one run on `inputs`; what PyTorch runs stands under its first node."""
         times: defaultdict[str, float] = defaultdict(float)
@@ -175,7 +139,7 @@ class Executable:
         """How every step runs, in order; the tasks of a layer are one row, with the format of the first."""
         rows: list[StepRow] = []
         for piece, runner in zip(self._pieces, self._runners):
-            if isinstance(runner, _Native):
+            if isinstance(runner, Native):
                 for step, kernel in zip(runner.program.steps, runner.loaded.kernels):
                     known = next((k for k in reversed(range(len(rows))) if rows[k].step == step.layer), None)
                     row = StepRow(step.layer, step.op, kernel, step.format, step.reason, step.nonzeros, step.weights)
@@ -204,7 +168,7 @@ class Executable:
 
     def loaded(self) -> list[tuple[Piece, LoadedProgram]]:
         """The native pieces, with their programs in the engine."""
-        return [(p, r.loaded) for p, r in zip(self._pieces, self._runners) if isinstance(r, _Native)]
+        return [(p, r.loaded) for p, r in zip(self._pieces, self._runners) if isinstance(r, Native)]
 
     def steps(self) -> list[Step]:
         """The native steps, in order."""
@@ -214,18 +178,32 @@ class Executable:
         """An ordinary PyTorch module that computes the same."""
         return to_module(self.graph)
 
+    @property
+    def only_native(self) -> Native | None:
+        """What runs all of it, if the engine does so in one piece."""
+        only = self._runners[0] if len(self._runners) == 1 else None
+        return only if isinstance(only, Native) else None
+
+    def results(self, values: Mapping[str, Any], given: Sequence[Any]) -> Any:
+        """The outputs among `values`, in the kind of the inputs `given`, put together as the network does."""
+        leaves = [values[n] if n in values else self.graph.tensors[n].detach() for n in self.graph.outputs]
+        numpy = bool(given) and all(isinstance(x, np.ndarray) for x in given)
+        return assemble(self.graph.output_tree, [array_of(x) if numpy else tensor_of(x) for x in leaves])
+
     def _run(self, inputs: Sequence[Any], named: Mapping[str, Any], times: defaultdict[str, float] | None) -> Any:
         given = self._checked(inputs, named)
-        batch = given[0].shape[0] if given and given[0].ndim else 0
+        batch = self._samples(given)
         values: dict[str, Any] = dict(zip(self.graph.inputs, given))
         if batch == 0:
-            leaves = [torch.empty((0, *self.graph.values[n].shape[1:])) for n in self.graph.outputs]
+            values |= {n: torch.empty((0, *self.graph.values[n].shape[1:])) for n in self.graph.outputs}
         else:
             for runner in self._runners:
                 runner(values, batch, times)
-            leaves = [values[n] if n in values else self.graph.tensors[n].detach() for n in self.graph.outputs]
-        numpy = bool(given) and all(isinstance(x, np.ndarray) for x in given)
-        return assemble(self.graph.output_tree, [_array(x) if numpy else _tensor(x) for x in leaves])
+        return self.results(values, given)
+
+    @staticmethod
+    def _samples(given: Sequence[Any]) -> int:
+        return given[0].shape[0] if given and given[0].ndim else 0
 
     def _checked(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
         """The inputs in their order. Raises ShapeError."""
@@ -295,11 +273,3 @@ def compile(
 
 def _shown(shape: Sequence[Any]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
-
-
-def _array(x: Any) -> np.ndarray:
-    return np.ascontiguousarray(x.numpy(force=True) if isinstance(x, Tensor) else x)
-
-
-def _tensor(x: Any) -> Tensor:
-    return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
