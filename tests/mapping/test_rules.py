@@ -334,7 +334,7 @@ def test_errors_are_those_of_the_projection(label: str) -> None:
     w, candidate = torch.randn(32, 16, 3, 3), find(label)
     at = [min(d, candidate.ceiling) for d in (0.4, 0.25, 0.1)]
     for density, error in zip(at, errors(candidate, w, 1, at)):
-        left = (w - candidate.at(density).project(w)).square().sum() / w.square().sum()
+        left = (w - candidate.at(density).fit(w).project(w)).square().sum() / w.square().sum()
         assert error == pytest.approx(float(left), abs=0.02)
 
 
@@ -343,7 +343,7 @@ def test_errors_of_large_weights_are_those_of_some_rows(label: str) -> None:
     torch.manual_seed(0)
     w, candidate = torch.randn(2048, 1024) * torch.rand(2048, 1) * torch.rand(1024), find(label)
     for density, error in zip((0.4, 0.1), errors(candidate, w, 1, [0.4, 0.1])):
-        left = (w - candidate.at(density).project(w)).square().sum() / w.square().sum()
+        left = (w - candidate.at(density).fit(w).project(w)).square().sum() / w.square().sum()
         assert error == pytest.approx(float(left), abs=0.02)
 
 

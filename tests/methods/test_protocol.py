@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from espalier.errors import MethodError, UnknownNameError
 from espalier.graph import capture
-from espalier.methods import Method, Run, get, start
+from espalier.methods import METHODS, Method, Run, get, start
 from espalier.sparsity import CATALOG, Plan, scheme
 from tests.methods.networks import EXAMPLE, Net, train
 
@@ -178,3 +178,29 @@ def test_runs_follow_the_module_and_its_optimizer() -> None:
     assert not model.conv2.weight[~run.masks["conv2.weight"]].any()
     run.load_state_dict(before)
     assert run.density() < 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_stand_in_blocks_with_their_like_and_a_resumed_run_knows_which(method: str) -> None:
+    def begun(seed: int) -> tuple[nn.Module, Run]:
+        torch.manual_seed(seed)
+        model = Net()
+        plan = Plan.of({"conv2": scheme("block_punched", 0.25, m=2, n=1, permute=True)}, unfit="dense")
+        return model, start(model, plan, get(method, **SETTINGS.get(method, {})), EXAMPLE, steps=STEPS)
+
+    model, run = begun(0)
+    order = run.targets[0].scheme.rules[0].structure.order
+    assert order.tolist() != list(range(len(order)))
+    other, resumed = begun(1)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(run.state_dict()))
+    for each, at in ((model, run), (other, resumed)):
+        train(each, at, torch.optim.SGD(each.parameters(), lr=0.05), 0, STEPS)
+        at.finish()
+    mask = run.masks["conv2.weight"]
+    pairs = mask[order].unflatten(0, (-1, 2))
+    assert torch.equal(pairs[:, 0], pairs[:, 1]) and 0 < float(mask.float().mean()) < 1
+    assert torch.equal(mask, resumed.masks["conv2.weight"])
+    again = begun(2)[1]
+    again.load_state_dict(resumed.state_dict())
+    assert torch.equal(again.masks["conv2.weight"], mask)

@@ -30,8 +30,8 @@ class Candidate:
 
     @cached_property
     def label(self) -> str:
-        """The name with its options, as it stands in tables: ``block_punched m=8 n=4``."""
-        return " ".join([self.name, *[f"{key}={value}" for key, value in self.options.items()]])
+        """The name with its sizes, as it stands in tables: ``block_punched m=8 n=4``; rows in any order are as fast."""
+        return " ".join([self.name, *[f"{key}={value}" for key, value in self.options.items() if key != "permute"]])
 
     @cached_property
     def ceiling(self) -> float:
@@ -58,20 +58,20 @@ CHANNELS = _COARSE[1]  # what a depthwise conv may get: whole channels, which go
 WINDOWED = (
     Candidate("weight"),
     Candidate("pattern+kernel"),
-    Candidate("block_punched", {"m": 2, "n": 1}),
-    Candidate("block_punched", {"m": 4, "n": 1}),
-    Candidate("block_punched", {"m": 8, "n": 1}),
-    Candidate("block_punched", {"m": 8, "n": 4}),
-    Candidate("block_punched", {"m": 16, "n": 4}),
+    Candidate("block_punched", {"m": 2, "n": 1, "permute": True}),
+    Candidate("block_punched", {"m": 4, "n": 1, "permute": True}),
+    Candidate("block_punched", {"m": 8, "n": 1, "permute": True}),
+    Candidate("block_punched", {"m": 8, "n": 4, "permute": True}),
+    Candidate("block_punched", {"m": 16, "n": 4, "permute": True}),
     *_COARSE,
 )
 POINTWISE = (
     Candidate("weight"),
-    Candidate("block_column", {"m": 4}),
-    Candidate("block_column", {"m": 8}),
-    Candidate("block_column", {"m": 16}),
-    Candidate("block_punched", {"m": 8, "n": 4}),
-    Candidate("block_punched", {"m": 16, "n": 4}),
+    Candidate("block_column", {"m": 4, "permute": True}),
+    Candidate("block_column", {"m": 8, "permute": True}),
+    Candidate("block_column", {"m": 16, "permute": True}),
+    Candidate("block_punched", {"m": 8, "n": 4, "permute": True}),
+    Candidate("block_punched", {"m": 16, "n": 4, "permute": True}),
     *_COARSE,
 )
 

@@ -51,7 +51,7 @@ def errors(candidate: Candidate, w: Tensor, conv_groups: int, densities: Sequenc
     projected = w
     for rule in schemes[0].rules[:-1]:  # what has a density of its own stands first
         projected = rule.project(projected, conv_groups)
-    last = schemes[0].rules[-1]
+    last = schemes[len(schemes) // 2].rules[-1].fit(projected, conv_groups)
     loss = last.snap.loss(projected, last.structure, conv_groups)
     loss = loss[:: max(1, loss.numel() // _SAMPLE)].sort(descending=True).values.double()
     kept = torch.cat([torch.zeros(1, dtype=torch.double), loss.cumsum(0)]).numpy()

@@ -176,7 +176,7 @@ def pruned(weight: Tensor, scheme: Scheme, conv_groups: int) -> Iterator[None]:
     """The weight projected, for a while; afterwards it is as before, bit for bit."""
     before = weight.detach().clone()
     with torch.no_grad():
-        weight.copy_(scheme.project(before, conv_groups))
+        weight.copy_(scheme.fit(before, conv_groups).project(before, conv_groups))
     try:
         yield
     finally:

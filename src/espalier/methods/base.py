@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -245,6 +245,7 @@ class Run:
             "ties": {site: [tie.tied for tie in f.ties] for site, f in self._frozen.items()},
             "signs": {site: f.signs for site, f in self._frozen.items() if f.signs is not None},
             "buried": dict(self._buried),
+            "orders": self._orders(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -255,6 +256,8 @@ class Run:
         self._state = {key: value.clone() for key, value in state["method"].items()}
         self._buried = dict(state["buried"])
         self._frozen = {}
+        orders = state.get("orders", {})
+        self.targets = [replace(t, scheme=t.scheme.ordered(orders.get(t.site, []))) for t in self.targets]
         for target in self.targets:
             if target.site in state["masks"]:
                 structures = [rule.structure for rule in target.scheme.rules if rule.snap.ties]
@@ -263,6 +266,14 @@ class Run:
                 self._frozen[target.site] = Frozen(state["masks"][target.site], target.conv_groups, ties, signs)
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _orders(self) -> dict[str, list[Tensor]]:
+        """site -> the orders of rows that its scheme was fitted to, rule by rule; empty for those in their own."""
+        kept = {t.site: [rule.structure.order for rule in t.scheme.rules] for t in self.targets}
+        none = torch.empty(0, dtype=torch.int64)
+        return {
+            s: [none if o is None else o for o in each] for s, each in kept.items() if any(o is not None for o in each)
+        }
 
     def _identity(self) -> dict[str, str]:
         plan = {t.site: f"{t.scheme.name} {t.scheme.density:.6g} {list(t.weight.shape)}" for t in self.targets}

@@ -101,7 +101,8 @@ def targets(graph: Graph, schemes: Mapping[str, Scheme]) -> list[Target]:
         if not isinstance(weight, nn.Parameter):
             raise MethodError(f"{site} is a buffer, not a parameter: leave it out of the plan")
         facts = sites[site]
-        made.append(Target(site, weight, scheme, facts.conv_groups, facts.positions, scales.get(site)))
+        fitted = scheme.fit(weight, facts.conv_groups)
+        made.append(Target(site, weight, fitted, facts.conv_groups, facts.positions, scales.get(site)))
     return _coupled(graph, made)
 
 

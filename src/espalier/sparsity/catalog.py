@@ -70,13 +70,21 @@ _add(Row("layer", "the whole layer at once", "g o i y x -> () (g o i y x)"))
 _add(
     Row(
         "block_punched",
-        "m filters x n channels share their kernel positions",
+        "m filters x n channels share their kernel positions; with permute, filters need not be neighbours",
         "g (O m) (I n) y x -> (g O I y x) (m n)",
         {"m": "o", "n": "i"},
-        {"m": 8, "n": 4},
+        {"m": 8, "n": 4, "permute": False},
     )
 )
-_add(Row("block_column", "columns m rows high", "g (O m) k -> (g O k) m", {"m": "o"}, {"m": 8}))
+_add(
+    Row(
+        "block_column",
+        "columns m rows high; with permute, rows need not be neighbours",
+        "g (O m) k -> (g O k) m",
+        {"m": "o"},
+        {"m": 8, "permute": False},
+    )
+)
 _add(Row("block_row", "rows n columns wide", "g o (K n) -> (g o K) n", {"n": "k"}, {"n": 8}))
 _add(Row("kernel", "whole kernels: the connectivity of filters and channels", KERNEL))
 _add(
@@ -223,7 +231,10 @@ def _rule(row: Row, options: Options, fixed: float | None, share: float) -> Rule
         free = float(options.get("free", 0.0))
     if not 0 <= free <= 1:
         raise SchemeError(f"{row.name}: free must lie between 0 and 1, got {free}")
-    return Rule(structure, row.snap(options), free)
+    permute = options.get("permute", False)
+    if not isinstance(permute, bool):
+        raise SchemeError(f"{row.name}: permute must be true or false, got {permute!r}")
+    return Rule(structure, row.snap(options), free, "m" if permute else None)
 
 
 def _block_too_large(row: Row, options: Options, site: Site) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,17 +17,29 @@ from torch import Tensor
 
 from espalier.errors import SchemeError
 from espalier.sparsity.masked import masked
+from espalier.sparsity.permute import row_order
 from espalier.sparsity.snaps import Snap
 from espalier.sparsity.structures import Structure
 
 
 @dataclass(frozen=True)
 class Rule:
-    """structure + snap + the share of groups left alone (0..1)."""
+    """structure + snap + the share of groups left alone (0..1).
+
+    permute: the block letter of rows that `fit` may put into another order, or None.
+    """
 
     structure: Structure
     snap: Snap
     free: float = 0.0
+    permute: str | None = None
+
+    def fit(self, w: Tensor, conv_groups: int = 1) -> Rule:
+        """The same with what of its structure depends on the weights: which rows stand in one block."""
+        if self.permute is None:
+            return self
+        order = row_order(self.structure, self.permute, w, conv_groups, self.free)
+        return replace(self, structure=replace(self.structure, order=order))
 
     def groups(self, w: Tensor, conv_groups: int = 1) -> Tensor:
         """The matrix ``[groups, size]`` of `w` in this rule's structure."""
@@ -120,6 +132,25 @@ class Scheme:
     density: float
     rules: tuple[Rule, ...]
     options: Mapping[str, object] = field(default_factory=dict)
+
+    def fit(self, w: Tensor, conv_groups: int = 1) -> Scheme:
+        """The same with what of its structures depends on the weights, as `permute`; to be called before training.
+
+        Without it rows stand in blocks with their neighbours.
+        """
+        if not any(rule.permute for rule in self.rules):
+            return self
+        rules = []
+        for rule in self.rules:
+            rules.append(rule.fit(w, conv_groups))
+            w = rules[-1].project(w, conv_groups)
+        return replace(self, rules=tuple(rules))
+
+    def ordered(self, orders: Sequence[Tensor]) -> Scheme:
+        """The same with these orders of rows, rule by rule (an empty tensor, or none at all: their own)."""
+        given = [order if order.numel() else None for order in orders] or [None] * len(self.rules)
+        structures = [replace(rule.structure, order=order) for rule, order in zip(self.rules, given, strict=True)]
+        return replace(self, rules=tuple(replace(r, structure=s) for r, s in zip(self.rules, structures)))
 
     def project(self, w: Tensor, conv_groups: int = 1) -> Tensor:
         """`w` after every rule in turn. With one rule: the nearest weight that the scheme allows."""

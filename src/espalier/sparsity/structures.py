@@ -29,6 +29,7 @@ class Structure:
 
     pattern: einops pattern ``axes -> (groups) (size)``.
     blocks: sizes of the block letters in the pattern.
+    order: the rows as they stand in blocks, ``[rows]``, each within its conv group; None: as they are.
 
     >>> column = Structure("g o i y x -> (g i y x) o")
     >>> column.groups(torch.ones(8, 3, 5, 5)).shape
@@ -37,6 +38,7 @@ class Structure:
 
     pattern: str
     blocks: Mapping[str, int] = field(default_factory=dict)
+    order: Tensor | None = field(default=None, compare=False, repr=False)
 
     def groups(self, w: Tensor, conv_groups: int = 1) -> Tensor:
         """The matrix ``[groups, size]`` of `w` (edge blocks padded with zeros)."""
@@ -105,14 +107,20 @@ class Structure:
     def _view(self, w: Tensor, conv_groups: int) -> Tensor:
         dims = self._dims(w.shape, conv_groups)
         padding = self._padding(dims)
-        view = w.reshape(dims)
+        view = (w if self.order is None else w[self.order.to(w.device)]).reshape(dims)
         if any(padding):
             view = F.pad(view, [amount for size in reversed(padding) for amount in (0, size)])
         return view
 
     def _unview(self, view: Tensor, shape: torch.Size, conv_groups: int) -> Tensor:
         dims = self._dims(shape, conv_groups)
-        return view[tuple(slice(size) for size in dims)].reshape(shape)
+        w = view[tuple(slice(size) for size in dims)].reshape(shape)
+        return w if self._back is None else w[self._back.to(w.device)]
+
+    @cached_property
+    def _back(self) -> Tensor | None:
+        """Where each row stands in the order."""
+        return None if self.order is None else self.order.argsort()
 
     def _sizes(self, shape: torch.Size, conv_groups: int) -> dict[str, int]:
         """The size of every letter of the pattern."""
