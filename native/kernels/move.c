@@ -71,17 +71,29 @@ static void pick_rows(float *to, int64_t to_stride, int64_t width, const float *
     }
 }
 
+/* What of a phase lies inside the image: columns low..high - 1 of rows above..below - 1. The same for all planes, and
+ * divisions take as long as moving a small plane. */
+typedef struct {
+    int64_t y0, x0, low, high, above, below;
+} phase;
+
+static phase phase_of(const esp_step *s, int64_t n)
+{
+    phase f = {s->index[2 * n], s->index[2 * n + 1], 0, 0, 0, 0};
+    inside_of(s->out.size[3], s->param[GATHER_STRIDE_X], f.x0, s->a.size[3], &f.low, &f.high);
+    inside_of(s->out.size[2], s->param[GATHER_STRIDE_Y], f.y0, s->a.size[2], &f.above, &f.below);
+    return f;
+}
+
 /* Rows of one phase of one plane: out[y, x] = in[y * sy + y0, x * sx + x0], zero outside the image. */
-static void gather_rows(const esp_step *s, const patch *p, float *out, const float *in, const float *end, int64_t y0,
-    int64_t x0)
+static void gather_rows(
+    const esp_step *s, const patch *p, float *out, const float *in, const float *end, const phase *f)
 {
     const esp_operand *a = &s->a;
-    const int64_t sy = s->param[GATHER_STRIDE_Y], sx = s->param[GATHER_STRIDE_X];
+    const int64_t sy = s->param[GATHER_STRIDE_Y], sx = s->param[GATHER_STRIDE_X], y0 = f->y0, x0 = f->x0;
     const int64_t width = s->out.size[3], step = s->out.stride[3], from_step = sx * a->stride[3];
-    int64_t low, high, above, below;
-    inside_of(width, sx, x0, a->size[3], &low, &high);
-    inside_of(s->out.size[2], sy, y0, a->size[2], &above, &below);
-    const int64_t count = high - low;
+    const int64_t low = f->low, high = f->high, count = high - low;
+    int64_t above = f->above, below = f->below;
     const bool own = a->space == ESP_ARENA || a->space == ESP_SCRATCH; /* what lies behind may be read */
     if (own && step == 1 && from_step == 2 && low <= 1 && high >= width - 1) {
         above = above < p->row ? p->row : above;
@@ -106,53 +118,79 @@ static void gather_rows(const esp_step *s, const patch *p, float *out, const flo
     }
 }
 
-/* Small planes without margins, moved as a whole at stride 1: what lies outside the image is masked. A mask for every
- * vector of every phase. */
-enum { MOST_MASKS = 64, FARTHEST = 64 };
-
-typedef struct {
-    int64_t vectors, last; /* of an output plane, and how many lanes of its last vector count */
-    _Alignas(64) int32_t inside[MOST_MASKS][ESP_WIDTH];
-} masks;
+/* Small planes without margins, moved as a whole at stride 1: what lies outside the image is masked. */
+enum { MOST_PIXELS = 512, AT_ONCE = 8, FARTHEST = 64, MOST_PHASES = 16 };
 
 static bool moves_whole(const esp_step *s)
 {
     const esp_operand *a = &s->a, *o = &s->out;
     if (s->param[GATHER_STRIDE_Y] != 1 || s->param[GATHER_STRIDE_X] != 1 || a->size[3] != o->size[3]) return false;
     if (a->stride[3] != 1 || o->stride[3] != 1 || a->stride[2] != a->size[3] || o->stride[2] != o->size[3]) return false;
-    if (o->size[2] > FARTHEST || o->size[3] > FARTHEST || o->size[0] > MOST_MASKS) return false;
     for (int64_t i = 0; i < s->index_count; i++)
         if (s->index[i] < -FARTHEST || s->index[i] > FARTHEST) return false;
-    return o->size[0] * ((o->size[2] * o->size[3] + ESP_WIDTH - 1) / ESP_WIDTH) <= MOST_MASKS;
+    return o->size[2] <= FARTHEST && o->size[3] <= FARTHEST && o->size[2] * o->size[3] <= MOST_PIXELS;
 }
 
-static void fill_masks(const esp_step *s, masks *m)
+/* V vectors of one phase of `count` planes: `inside` are the lanes that lie in the image, `last` says how many of the last
+ * vector lie in the phase. */
+ESP_INLINE void move_vectors(const int V, const esp_step *s, float *out, const float *in, int64_t count,
+    const lanes *inside, int last)
 {
-    const int64_t width = s->out.size[3], pixels = s->out.size[2] * width;
-    m->vectors = (pixels + ESP_WIDTH - 1) / ESP_WIDTH;
-    m->last = pixels - (m->vectors - 1) * ESP_WIDTH;
-    for (int64_t n = 0; n < s->out.size[0]; n++)
-        for (int64_t i = 0, y = s->index[2 * n], x = 0; i < m->vectors * ESP_WIDTH; i++) {
-            const int64_t from = x + s->index[2 * n + 1];
-            m->inside[n * m->vectors + i / ESP_WIDTH][i % ESP_WIDTH] =
-                y >= 0 && y < s->a.size[2] && from >= 0 && from < width ? -1 : 0;
-            if (++x < width) continue;
-            x = 0;
-            y++;
-        }
-}
-
-/* Plane `in` as phase n, pixel (0, 0) of which lies `from` floats before or behind pixel (0, 0) of the image. */
-static void move_whole(const masks *m, int64_t n, float *out, const float *in, int64_t from)
-{
-    for (int64_t v = 0; v < m->vectors; v++) {
-        const ivec inside = *(const ivec *)m->inside[n * m->vectors + v];
-        const vec x = choose(inside, load(in + from + v * ESP_WIDTH), (vec){0});
-        if (v < m->vectors - 1 || m->last == ESP_WIDTH)
-            store(out + v * ESP_WIDTH, x);
+    const int64_t to = s->out.stride[1], from = s->a.stride[1];
+    lanes which[AT_ONCE];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) which[v] = inside[v];
+    for (; count > 0; count--, out += to, in += from) {
+        vec x[AT_ONCE];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) x[v] = load_lanes(in + v * ESP_WIDTH, which[v]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V - 1; v++) store(out + v * ESP_WIDTH, x[v]);
+        if (last == ESP_WIDTH)
+            store(out + (V - 1) * ESP_WIDTH, x[V - 1]);
         else
-            store_part(out + v * ESP_WIDTH, x, (int)m->last);
+            store_part(out + (V - 1) * ESP_WIDTH, x[V - 1], last);
     }
+}
+
+/* Planes first..upto - 1 of phase f, of which whole vectors are read. */
+static void move_whole(const esp_step *s, const phase *f, float *out, const float *in, int64_t first, int64_t upto)
+{
+    const int64_t width = s->out.size[3], pixels = s->out.size[2] * width, far = f->y0 * width + f->x0;
+    const int vectors = (int)((pixels + ESP_WIDTH - 1) / ESP_WIDTH), last = (int)(pixels - (vectors - 1) * ESP_WIDTH);
+    uint32_t bits[MOST_PIXELS / ESP_WIDTH] = {0};
+    lanes inside[MOST_PIXELS / ESP_WIDTH];
+    for (int64_t y = f->above; y < f->below; y++)
+        for (int64_t i = y * width + f->low; i < y * width + f->high; i++)
+            bits[i / ESP_WIDTH] |= 1u << i % ESP_WIDTH;
+    for (int v = 0; v < vectors; v++) inside[v] = lanes_of(bits[v]);
+    out += first * s->out.stride[1];
+    in += first * s->a.stride[1] + far;
+    for (int v = 0; v < vectors; v += AT_ONCE, out += AT_ONCE * ESP_WIDTH, in += AT_ONCE * ESP_WIDTH) {
+        const int count = vectors - v < AT_ONCE ? vectors - v : AT_ONCE, end = v + count < vectors ? ESP_WIDTH : last;
+        switch (count) {
+#define CASE(V) \
+    case V: \
+        move_vectors(V, s, out, in, upto - first, inside + v, end); \
+        break;
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
+        }
+    }
+}
+
+/* The planes of a phase, first..upto - 1, of which whole vectors may be read: with masked loads all, else those beside
+ * which others lie. */
+static void readable_planes(const esp_step *s, const phase *f, int64_t *first, int64_t *upto)
+{
+#if ESP_WIDTH < 8
+    const int64_t from = s->a.stride[1], width = s->out.size[3], far = f->y0 * width + f->x0, room = (s->a.size[1] - 1) * from;
+    const int64_t reach = far + s->out.size[2] * width + ESP_WIDTH;
+    while (*first < *upto && *first * from + far < 0) ++*first;
+    while (*first < *upto && (*upto - 1) * from + reach > room) --*upto;
+#else
+    (void)s, (void)f, (void)first, (void)upto;
+#endif
 }
 
 /* The phases of a strided window: out[n, c] is the phase that begins at index[2 n], index[2 n + 1] of in[c]. */
@@ -162,22 +200,28 @@ void ESP_NAME(gather)(const esp_step *s, const esp_frame *f, int part, int parts
     float *out = esp_target(&s->out, f);
     const float *in = esp_source(a, f), *end = end_of(a, in);
     const patch p = share_planes(&s->out, part, parts, by_rows(&s->out));
-    const int64_t phases = s->out.size[0], channels = s->out.size[1];
-    const bool whole = moves_whole(s) && p.row == 0 && p.last_row == s->out.size[2];
-    masks m;
-    if (whole) fill_masks(s, &m);
-    for (int64_t i = p.plane; i < p.last_plane; i++) {
-        /* all phases of a plane while it is near */
-        const int64_t n = i % phases, c = i / phases, row = s->index[2 * n] * a->stride[2];
-        /* the planes beside this one are read with it: the first and the last have none */
-        const int64_t first = c * a->stride[1] + row + s->index[2 * n + 1], last = first + (whole ? m.vectors * ESP_WIDTH : 0);
-        if (whole && first >= 0 && last <= (channels - 1) * a->stride[1]) {
-            move_whole(&m, n, out + n * s->out.stride[0] + c * s->out.stride[1], in + c * a->stride[1],
-                row + s->index[2 * n + 1]);
-            continue;
+    const int64_t phases = s->out.size[0];
+    phase known[MOST_PHASES];
+    for (int64_t n = 0; n < phases && n < MOST_PHASES; n++) known[n] = phase_of(s, n);
+    if (moves_whole(s) && p.row == 0 && p.last_row == s->out.size[2] && p.plane % phases == 0 && p.last_plane % phases == 0) {
+        const int64_t first = p.plane / phases, upto = p.last_plane / phases;
+        for (int64_t n = 0; n < phases; n++) {
+            const phase far = n < MOST_PHASES ? known[n] : phase_of(s, n);
+            float *to = out + n * s->out.stride[0];
+            int64_t low = first, high = upto;
+            readable_planes(s, &far, &low, &high);
+            move_whole(s, &far, to, in, low, high);
+            for (int64_t c = first; c < upto; c++)
+                if (c < low || c >= high)
+                    gather_rows(s, &p, to + c * s->out.stride[1], in + c * a->stride[1], end, &far);
         }
-        gather_rows(s, &p, out + n * s->out.stride[0] + c * s->out.stride[1], in + c * a->stride[1], end,
-            s->index[2 * n], s->index[2 * n + 1]);
+        return;
+    }
+    int64_t c = p.plane / phases, n = p.plane % phases;
+    for (int64_t i = p.plane; i < p.last_plane; i++, c += ++n == phases, n = n == phases ? 0 : n) {
+        /* all phases of a plane while it is near */
+        const phase far = n < MOST_PHASES ? known[n] : phase_of(s, n);
+        gather_rows(s, &p, out + n * s->out.stride[0] + c * s->out.stride[1], in + c * a->stride[1], end, &far);
     }
 }
 
@@ -187,6 +231,12 @@ void ESP_NAME(fill)(const esp_step *s, const esp_frame *f, int part, int parts)
     float *out = esp_target(o, f);
     const patch p = share_planes(o, part, parts, by_rows(o));
     plane_row r = first_row(o, &p);
+    if (s->act_a == 0 && s->margins && o->size[0] == 1 && !by_rows(o) && p.row == 0 && p.last_row == o->size[2]) {
+        /* planes and margins alike, one behind the other */
+        if (p.plane == 0) zero_floats(out - s->front, s->front);
+        zero_floats(out + p.plane * o->stride[1], (p.last_plane - p.plane) * o->stride[1]);
+        return;
+    }
     for (int64_t i = rows_of(&p); i > 0; i--, next_row(o, &p, &r)) {
         float *row = out + place(o, r);
         int64_t x = 0;
