@@ -32,15 +32,33 @@ typedef struct {
     bool plain;  /* and all lanes of all are stored */
     bool masked; /* and those that are no pixels, but side margin, as zeros: `pixels` are the others */
     lanes pixels[8];
+    lanes not_first, not_last; /* of rows of the image in a vector, or of half a row: all pixels but one */
 } spots;
 
-/* Residual and activation of M rows at V vectors, and every row where it belongs. With clamp, kind is no activation or
- * a clamp between low and high; without, any. Plain: whole vectors, one behind the other. */
-ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool add, const bool plain, const bool masked,
-    const block *b, vec acc[8][8], const spots *at, float low, float high)
+/* How a tile is stored. */
+enum { ANYHOW, PLAIN, MASKED, SIDED, SIDED_PAIRS };
+
+static bool is_clamp(const esp_step *s) { return s->activation == ESP_CLAMP || s->activation == ESP_LINEAR_ACT; }
+
+/* Whether copies of the output, a column to either side, are stored as its vectors are: rows fill one, or two. */
+ESP_INLINE bool in_vectors(const esp_step *s)
 {
+    const int64_t width = s->out.size[3];
+    return s->param[CONV_SIDES] && (width == 2 * ESP_WIDTH || (width <= ESP_WIDTH && ESP_WIDTH % width == 0)) &&
+           s->param[CONV_LENGTH] % ESP_WIDTH == 0 && is_clamp(s);
+}
+
+/* Residual and activation of M rows at V vectors, and every row where it belongs. With clamp, kind is no activation or
+ * a clamp between low and high; without, any. */
+ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool add, const int how, const block *b,
+    vec acc[8][8], const spots *at, float low, float high)
+{
+    const bool plain = how != ANYHOW, masked = how == MASKED || (how == ANYHOW && at->masked);
     /* copies: the compiler must believe that stores change what lies behind pointers */
     const int64_t to_stride = b->step->out.stride[1], from_stride = b->step->b.stride[1];
+    const bool sided = how == SIDED || how == SIDED_PAIRS;
+    const int64_t sides = sided ? b->step->param[CONV_SIDES] : 0;
+    const lanes not_first = at->not_first, not_last = at->not_last;
     const int activation = b->step->activation;
     const float *from = b->residual;
     float *to = b->out;
@@ -67,6 +85,17 @@ ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool ad
                 store_part(out + to_at[v], choose_lanes(lanes_between(0, lanes), y, (vec){0}), at->stored[v]);
             else
                 store(out + to_at[v], y);
+            if (sided) acc[m][v] = y;
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < V && sided; v++) {
+            const bool second = how == SIDED_PAIRS && v % 2 == 1, first = how == SIDED_PAIRS && v % 2 == 0 && v + 1 < V;
+            const vec y = acc[m][v], before = second ? last_then(acc[m][v - 1], y)
+                                                     : choose_lanes(not_first, lanes_before(y), (vec){0});
+            const vec behind = first ? next_lanes(y, acc[m][v + 1])
+                                     : choose_lanes(not_last, lanes_behind(y), (vec){0});
+            store(out - sides + to_at[v], before);
+            store(out + sides + to_at[v], behind);
         }
     }
 }
@@ -109,26 +138,26 @@ ESP_INLINE void tile_rows(const int M, const int V, const block *b, const spots 
         sum_up(M, V, true, b, at, acc);
     else
         sum_up(M, V, false, b, at, acc);
-    if (clamps && at->plain && !at->masked) {
-        if (b->residual)
-            finish(M, V, true, true, true, false, b, acc, at, low, high);
-        else
-            finish(M, V, true, false, true, false, b, acc, at, low, high);
-    } else if (clamps && at->plain) {
-        if (b->residual)
-            finish(M, V, true, true, true, true, b, acc, at, low, high);
-        else
-            finish(M, V, true, false, true, true, b, acc, at, low, high);
-    } else if (clamps) {
-        if (b->residual)
-            finish(M, V, true, true, false, at->masked, b, acc, at, low, high);
-        else
-            finish(M, V, true, false, false, at->masked, b, acc, at, low, high);
-    } else if (b->residual) {
-        finish(M, V, false, true, false, at->masked, b, acc, at, low, high);
-    } else {
-        finish(M, V, false, false, false, at->masked, b, acc, at, low, high);
-    }
+#define FINISH(CLAMP, HOW) \
+    do { \
+        if (b->residual) \
+            finish(M, V, CLAMP, true, HOW, b, acc, at, low, high); \
+        else \
+            finish(M, V, CLAMP, false, HOW, b, acc, at, low, high); \
+    } while (0)
+    if (!clamps)
+        FINISH(false, ANYHOW);
+    else if (!at->plain)
+        FINISH(true, ANYHOW);
+    else if (at->masked)
+        FINISH(true, MASKED);
+    else if (in_vectors(b->step) && b->step->out.size[3] > ESP_WIDTH)
+        FINISH(true, SIDED_PAIRS);
+    else if (in_vectors(b->step))
+        FINISH(true, SIDED);
+    else
+        FINISH(true, PLAIN);
+#undef FINISH
 }
 
 /* Blocks first..upto at V vectors of pixels, M rows at once: b is the part that all of them share. */
@@ -137,7 +166,7 @@ ESP_INLINE void tile(const int M, const int V, const block *shared, int64_t firs
     block b = *shared;
     const esp_step *s = b.step;
     const int64_t height = M < 4 ? M : b.height;
-    const bool clamps = s->activation == ESP_CLAMP || s->activation == ESP_LINEAR_ACT;
+    const bool clamps = is_clamp(s);
     const float low = s->activation ? s->act_a : -INFINITY, high = s->activation ? s->act_b : INFINITY;
     for (int64_t i = first; i < upto; i++) {
         b.index = s->index + s->starts[i];
@@ -174,18 +203,39 @@ static const tile_function tiles_2[] = {tile_2_1, tile_2_2, tile_2_3, tile_2_4, 
 static const tile_function tiles_4[] = {tile_4_1, tile_4_2, tile_4_3};
 #endif
 
-/* Zero what lies before the first plane, where pixels begin..end of plane `row`, worked on as one run, are its beginning;
- * and the back margin of the plane, where they are the plane's end. */
-static void zero_flat(const esp_step *s, float *out, int64_t row, int64_t begin, int64_t end)
+/* Zero the `front` floats before the first plane, where pixels begin..end of plane `row`, worked on as one run, are its
+ * beginning; and the back margin of the plane, where they are the plane's end. */
+static void zero_flat(const esp_step *s, float *out, int64_t front, int64_t row, int64_t begin, int64_t end)
 {
     float *plane = out + row * s->out.stride[1];
     if (end >= s->param[CONV_LENGTH]) zero_floats(plane + s->param[CONV_LENGTH], s->out.stride[1] - s->param[CONV_LENGTH]);
-    if (begin == 0 && row == 0) zero_floats(out - s->front, s->front);
+    if (begin == 0 && row == 0) zero_floats(out - front, front);
 }
 
-/* How a step is cut: the vectors of its pixels, which are its units, into chunks. */
+/* Pixels begin..end of plane `row` in the copies to either side. Whoever writes a pixel writes it there, too, and zero
+ * where no pixel comes: nobody else writes either. */
+static void store_sides(const esp_step *s, float *out, int64_t row, int64_t begin, int64_t end)
+{
+    const int64_t width = s->out.size[3], sides = s->param[CONV_SIDES];
+    const float *plane = out + row * s->out.stride[1];
+    float *before = out - sides + row * s->out.stride[1], *behind = out + sides + row * s->out.stride[1];
+    if (end > s->param[CONV_LENGTH]) end = s->param[CONV_LENGTH];
+    for (int64_t i = begin, x = begin % width; i < end; i++, x = x + 1 < width ? x + 1 : 0) {
+        if (x == 0)
+            before[i] = 0;
+        else
+            behind[i - 1] = plane[i];
+        if (x == width - 1)
+            behind[i] = 0;
+        else
+            before[i + 1] = plane[i];
+    }
+}
+
+/* How a step is cut: its units, which are vectors of its pixels or pairs of them, into chunks. */
 typedef struct {
     int64_t units, per_segment, chunks;
+    int vectors;  /* of a unit */
     int64_t cost; /* of all blocks at one unit: a column is 1, the work that every block has 4 */
     int margin;   /* lanes behind a segment that are its margin, where they lie in its last vector; or 0 */
 } cut;
@@ -217,6 +267,11 @@ ESP_INLINE void flat_spots(spots *at, const esp_step *s, int64_t first, int coun
     if (!at->plain) at->lanes[count - 1] = at->stored[count - 1] = (int)left;
     at->masked = s->margins && s->out.size[2] > 1 && s->out.stride[2] > s->out.size[3];
     if (at->masked) mask_margins(at, s, first, count);
+    if (!s->param[CONV_SIDES]) return;
+    uint32_t firsts = 0;
+    for (int64_t i = 0; i < ESP_WIDTH; i += s->out.size[3]) firsts |= 1u << i;
+    at->not_first = lanes_of(~firsts);
+    at->not_last = lanes_of(~(firsts << ((s->out.size[3] < ESP_WIDTH ? s->out.size[3] : ESP_WIDTH) - 1)));
 }
 
 /* The next `count` units from (*segment, *vector) on. */
@@ -242,7 +297,12 @@ static void zero_margins(const esp_step *s, const cut *c, float *out, int64_t ro
 {
     const int64_t *p = s->param;
     if (p[CONV_SEGMENTS] == 1 && s->out.size[2] > 1) {
-        zero_flat(s, out, row, begin * ESP_WIDTH, end * ESP_WIDTH);
+        const int64_t sides = p[CONV_SIDES], first = begin * c->vectors * ESP_WIDTH, upto = end * c->vectors * ESP_WIDTH;
+        zero_flat(s, out - sides, s->front, row, first, upto);
+        if (!sides) return;
+        zero_flat(s, out, 0, row, first, upto); /* before the first plane lies the margin of the last of the copy */
+        zero_flat(s, out + sides, 0, row, first, upto);
+        if (!in_vectors(s)) store_sides(s, out, row, first, upto);
         return;
     }
     /* the segments whose last vector lies in begin..end */
@@ -259,13 +319,14 @@ static void run_blocks(const block *b, int64_t first, int64_t upto, const tile_f
     const cut *c, int64_t begin, int64_t end)
 {
     const esp_step *s = b->step;
-    const int64_t count = divide_up(end - begin, widest), narrow = (end - begin) / count, wider = (end - begin) % count;
+    const int64_t count = divide_up(end - begin, widest / c->vectors), narrow = (end - begin) / count,
+                  wider = (end - begin) % count;
     int64_t segment = begin / c->per_segment, vector = begin % c->per_segment;
     spots at;
     for (int64_t t = 0; t < count; t++) {
-        const int wide = (int)narrow + (t < wider);
+        const int wide = ((int)narrow + (t < wider)) * c->vectors;
         if (c->per_segment == c->units)
-            flat_spots(&at, s, (begin + t * narrow + (t < wider ? t : wider)) * ESP_WIDTH, wide);
+            flat_spots(&at, s, (begin + t * narrow + (t < wider ? t : wider)) * c->vectors * ESP_WIDTH, wide);
         else
             next_spots(&at, s, c, &segment, &vector, wide);
         tiles[wide - 1](b, first, upto, &at);
@@ -313,18 +374,20 @@ static int64_t bands_of(const esp_step *s, int64_t vectors, int parts)
 
 static cut cut_of(const esp_step *s, int parts)
 {
-    const int64_t *p = s->param, length = p[CONV_LENGTH], per_segment = divide_up(length, ESP_WIDTH);
+    const int64_t *p = s->param, length = p[CONV_LENGTH];
+    const int vectors = in_vectors(s) && s->out.size[3] > ESP_WIDTH ? 2 : 1;
+    const int64_t per_segment = divide_up(length, vectors * ESP_WIDTH);
     const int64_t units = p[CONV_SEGMENTS] * per_segment, blocks = s->starts_count - 1;
-    const int64_t wanted = p[CONV_SEGMENTS] == 1 ? divide_up(p[CONV_CHUNK], ESP_WIDTH)
+    const int64_t wanted = p[CONV_SEGMENTS] == 1 ? divide_up(p[CONV_CHUNK], vectors * ESP_WIDTH)
                                                  : (1 + p[CONV_CHUNK] / length) * per_segment;
-    const int64_t bands = s->bands ? parts : bands_of(s, units, parts);
+    const int64_t bands = s->bands ? parts : bands_of(s, units * vectors, parts);
     int64_t chunks = (units + bands * wanted / 2) / (bands * wanted); /* of a band: about as many as are wanted */
     chunks = bands * (chunks < 1 ? 1 : chunks < MOST_CHUNKS ? chunks : MOST_CHUNKS);
     const bool whole = p[CONV_SEGMENTS] == s->out.size[2] && length == s->out.size[3] &&
                        p[CONV_OUT_STRIDE] == s->out.stride[2];
     const int64_t margin = s->out.stride[1] - length;
     const bool stored = s->margins && whole && by_rows(&s->out) && length + margin <= per_segment * ESP_WIDTH;
-    return (cut){units, per_segment, chunks < units ? chunks : units, s->index_count + 4 * blocks,
+    return (cut){units, per_segment, chunks < units ? chunks : units, vectors, s->index_count + 4 * blocks,
         stored ? (int)margin : 0};
 }
 

@@ -71,6 +71,22 @@ static void pick_rows(float *to, int64_t to_stride, int64_t width, const float *
     }
 }
 
+/* The same where rows fit into a vector; what lies before rows may be read, too. */
+static void pick_short_rows(float *to, int64_t to_stride, int64_t width, const float *from, int64_t from_stride,
+    int64_t rows, int64_t first, int64_t last)
+{
+    const lanes inside = lanes_between((int)first, (int)last);
+    from -= 2 * first;
+    for (; rows > 0; rows--, to += to_stride, from += from_stride) {
+        const vec low = load(from), high = 2 * width > ESP_WIDTH ? load(from + ESP_WIDTH) : low;
+        const vec picked = choose_lanes(inside, even_lanes(low, high), (vec){0});
+        if (width == ESP_WIDTH)
+            store(to, picked);
+        else
+            store_part(to, picked, (int)width);
+    }
+}
+
 /* What of a phase lies inside the image: columns low..high - 1 of rows above..below - 1. The same for all planes, and
  * divisions take as long as moving a small plane. */
 typedef struct {
@@ -100,7 +116,10 @@ static void gather_rows(
         below = below > p->last_row ? p->last_row : below;
         float *to = out + above * s->out.stride[2];
         const float *from = in + (above * sy + y0) * a->stride[2] + low * 2 + x0;
-        pick_rows(to, s->out.stride[2], width, from, sy * a->stride[2], below - above, low, high);
+        if (width <= ESP_WIDTH)
+            pick_short_rows(to, s->out.stride[2], width, from, sy * a->stride[2], below - above, low, high);
+        else
+            pick_rows(to, s->out.stride[2], width, from, sy * a->stride[2], below - above, low, high);
         for (int64_t row = p->row; row < p->last_row; row++)
             if (row < above || row >= below) zero_floats(out + row * s->out.stride[2], width);
         return;
@@ -119,7 +138,7 @@ static void gather_rows(
 }
 
 /* Small planes without margins, moved as a whole at stride 1: what lies outside the image is masked. */
-enum { MOST_PIXELS = 512, AT_ONCE = 8, FARTHEST = 64, MOST_PHASES = 16 };
+enum { MOST_PIXELS = 2048, AT_ONCE = 8, FARTHEST = 64, MOST_PHASES = 16 };
 
 static bool moves_whole(const esp_step *s)
 {

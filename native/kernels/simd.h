@@ -180,6 +180,13 @@ ESP_INLINE vec last_lanes(vec a, vec b)
     return __builtin_shuffle(a, b, ESP_LANES / 2 + ESP_LANES % 2 * ESP_WIDTH + ESP_WIDTH / 2);
 }
 
+/* in every lane the one before it, and the one behind it; the first and the last hold anything */
+ESP_INLINE vec lanes_before(vec a) { return __builtin_shuffle(a, (ESP_LANES + ESP_WIDTH - 1) % ESP_WIDTH); }
+ESP_INLINE vec lanes_behind(vec a) { return __builtin_shuffle(a, (ESP_LANES + 1) % ESP_WIDTH); }
+
+/* a's last, b[0], b[1], ... */
+ESP_INLINE vec last_then(vec a, vec b) { return __builtin_shuffle(a, b, ESP_LANES + ESP_WIDTH - 1); }
+
 /* a[1], a[2], ..., b[0] */
 ESP_INLINE vec next_lanes(vec a, vec b) { return __builtin_shuffle(a, b, ESP_LANES + 1); }
 

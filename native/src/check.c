@@ -100,6 +100,22 @@ static bool indices_within(const esp_program *p, const esp_step *s, int64_t reac
            !__builtin_add_overflow(s->a.offset + high, reach, &last) && last < room(p, &s->a);
 }
 
+/* Copies of the output, a column to either side: planes without side margins, those before and behind far enough. */
+static const char *check_sides(const esp_program *p, const esp_step *s)
+{
+    const esp_operand *o = &s->out;
+    const int64_t sides = s->param[CONV_SIDES];
+    int64_t end;
+    if (s->param[CONV_HEIGHT] == ESP_LANES_HEIGHT || s->param[CONV_SEGMENTS] != 1 || o->size[2] < 2 || o->stride[2] != o->size[3] ||
+        s->param[CONV_LENGTH] != o->size[2] * o->size[3] || o->stride[1] < s->param[CONV_LENGTH] || !s->margins)
+        return "impossible planes beside its output";
+    if (!within(sides, 1, MAX_STRIDE) || !multiply_add(o->size[1], o->stride[1], 0, &end) || sides < end ||
+        o->offset - sides < s->front || !multiply_add(o->size[1], o->stride[1], o->offset + sides, &end) ||
+        end > room(p, o))
+        return "planes beside its output lie outside the arena";
+    return NULL;
+}
+
 static const char *check_conv(const esp_program *p, const esp_step *s)
 {
     int64_t rows = s->out.size[1], reach, end, segments = s->param[CONV_SEGMENTS], length = s->param[CONV_LENGTH];
@@ -126,6 +142,7 @@ static const char *check_conv(const esp_program *p, const esp_step *s)
         return "a segment lies outside the output";
     if (segments > s->out.size[2] || length > room(p, &s->out)) return "more segments than rows";
     if (s->out.space == ESP_OUTPUT) return "its output is not in the arena";
+    if (s->param[CONV_SIDES] && (problem = check_sides(p, s))) return problem;
     if (s->b.space == ESP_NOWHERE) return NULL;
     if (s->b.space != ESP_ARENA || !within(s->b.offset, 0, MAX_STRIDE) || !within(s->b.stride[1], 0, MAX_STRIDE) ||
         !multiply_add(segments - 1, s->param[CONV_RESIDUAL_STRIDE], length, &reach) ||

@@ -107,6 +107,18 @@ def bottlenecks(density: float) -> nn.Sequential:
     return sparse(nn.Sequential(*[nn.Conv2d(i, o, k, padding=k // 2) for i, o, k in widths]), density)
 
 
+def beside() -> nn.Module:
+    """Values with copies of their planes to either side."""
+    convs = [
+        nn.Conv2d(3, 16, 3, 1, 1),
+        nn.Conv2d(16, 16, 3, 1, 1),
+        nn.Conv2d(16, 24, 3, 2, 1),
+        nn.Conv2d(24, 8, 3, 1, 1),
+    ]
+    thin = [convs[0], *[sparse(conv, 0.3) for conv in convs[1:]]]
+    return nn.Sequential(*[part for conv in thin for part in (conv, nn.ReLU())])
+
+
 NETWORKS = {
     "everything": (Everything, (3, 13, 12)),
     "sparse": (lambda: sparse(nn.Sequential(nn.Conv2d(8, 37, 3, padding=1), nn.Conv2d(37, 5, 1)), 0.2), (8, 15, 17)),
@@ -118,6 +130,8 @@ NETWORKS = {
     "winograd": (lambda: nn.Sequential(nn.Conv2d(33, 40, 3, padding=1), nn.Conv2d(40, 35, 3, padding=1)), (33, 21, 18)),
     "rows": (lambda: narrow(1), (16, 14, 14)),
     "shifts": (lambda: narrow(2), (16, 8, 8)),
+    "half vectors": (beside, (3, 16, 16)),
+    "pairs of vectors": (beside, (3, 32, 32)),
     "attention": (Tokens, (7, 12)),
     "tokens": (lambda: nn.Sequential(nn.Linear(12, 33), nn.GELU(), nn.Linear(33, 12)), (7, 12)),
     "heavy": (lambda: nn.Sequential(nn.Linear(70, 3900), nn.ReLU(), nn.Linear(3900, 70)), (70,)),

@@ -69,6 +69,11 @@ class Everything(nn.Module):
         self.c, self.d = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding=1)
         self.dw, self.fc = nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Linear(24, 5)
         self.turn = nn.Linear(4, 8)
+        self.stem, self.thin = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 6, 3, padding=1),
+        )  # with copies to either side
+        self.thin.weight.data *= torch.rand_like(self.thin.weight) < 0.45
 
     def forward(self, x):
         y = self.a(x).sigmoid()
@@ -79,7 +84,8 @@ class Everything(nn.Module):
         tokens = torch.nn.functional.layer_norm(self.turn(y.reshape(-1, 6, 4)), (8,))
         tokens = (tokens @ tokens.transpose(1, 2)).softmax(-1) @ tokens
         larger = torch.nn.functional.interpolate(tokens.reshape(-1, 6, 2, 4), scale_factor=2, mode="bilinear")
-        return self.fc(y).softmax(1), torch.nn.functional.interpolate(larger, size=(5, 7))
+        beside = self.thin(self.stem(x[:, :, :8, :8]).relu())
+        return self.fc(y).softmax(1), torch.nn.functional.interpolate(larger, size=(5, 7)), beside
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +97,8 @@ def program() -> bytes:
 def test_every_kind_of_step_is_attacked(program) -> None:
     kinds = {kernel.split("/")[0] for kernel in LoadedProgram(program).kernels}
     assert kinds == set(STEP_OPS)
+    steps = lower(capture(Everything().eval(), torch.randn(2, 3, 11, 11))).steps
+    assert any(step.op == "conv" and len(step.params) > 8 and step.params[8] for step in steps)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

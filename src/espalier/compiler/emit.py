@@ -35,6 +35,7 @@ class Emitter:
     copies: dict[str, Place] = field(default_factory=dict)  # values copied into planes
     # planes of phases, and the number there of the phase that begins at a pixel
     phases: dict[str, tuple[Place, dict[Pair, int]]] = field(default_factory=dict)
+    sided: set[str] = field(default_factory=set)  # values whose copies to either side are stored by now
     samples: Samples = field(default_factory=Samples)  # values whose batch is not their first dimension
     # flattened values that only linear layers read: what they are made of, and where each entry lies in it
     tables: dict[str, tuple[Place, np.ndarray]] = field(default_factory=dict)

@@ -39,7 +39,9 @@ def conv(e: Emitter, node: Node) -> None:
     assert out.storage is not None
     choice = choose_conv(matrices, height, width, width if out.storage.by_rows else out.storage.row_stride)
     b = Operand() if residual is None else _residual(e, residual, out).operand()
-    if node.name not in e.layout.shifted and winograd.pays(node, w, height, width, choice.work):
+    read = e.places[x].storage
+    shifted = node.name in e.layout.shifted or (read is not None and read.sides > 0)  # there are no side margins
+    if not shifted and winograd.pays(node, w, height, width, choice.work):
         winograd.winograd(e, node, w, out, e.array(bias), b)
         return
     source, index = _columns(e, node, w.shape, choice.blocks.columns)
@@ -51,6 +53,9 @@ def conv(e: Emitter, node: Node) -> None:
     run = (height - 1) * row_out + width
     chunk = max(192, min(8192, _CHUNK_FLOATS // in_operand.sizes[1]))
     segments = (1, run, 0, 0, 0) if flat else (height, width, row_in, row_out, b.strides[2])
+    sides = out.storage.sides if flat and out.storage.name == node.outputs[0] else 0
+    if sides:
+        e.sided.add(node.outputs[0])
     e.steps.append(
         Step(
             name=node.name,
@@ -60,7 +65,7 @@ def conv(e: Emitter, node: Node) -> None:
             b=b,
             activation=fused_activation(node),
             front=out.front(),
-            params=(choice.blocks.height, *segments, chunk, int(_read_by_channels(e, node.outputs[0]))),
+            params=(choice.blocks.height, *segments, chunk, int(_read_by_channels(e, node.outputs[0])), sides),
             task=node.attrs.get("task", 0),
             arrays=_arrays(choice, index, e.array(bias)),
             **_facts(node, choice, w),
@@ -130,6 +135,10 @@ def _begins(e: Emitter, node: Node, shape: tuple[int, ...], columns: np.ndarray)
         assert source.storage is not None
         plane, row = source.storage.plane, source.storage.row_stride
         return source, x * (e.layout.shapes[str(node.inputs[0])][0] * plane) + channel * plane + y * dy * row
+    beside = e.places[str(node.inputs[0])].storage
+    if sy == sx == 1 and px and beside is not None and beside.sides:
+        source = _beside(e, str(node.inputs[0]))
+        return source, x * beside.sides + channel * beside.plane + (y * dy - py) * beside.row_stride
     if sy == sx == 1:
         source = e.planes(str(node.inputs[0]), py, px)
         assert source.storage is not None
@@ -145,6 +154,23 @@ def _begins(e: Emitter, node: Node, shape: tuple[int, ...], columns: np.ndarray)
     number = np.array([first[a, b] for a, b in origins.tolist()], np.int64).reshape(-1)
     per_phase = e.layout.shapes[str(node.inputs[0])][0] * plane
     return source, number * per_phase + channel * plane + far_y * row + far_x
+
+
+def _beside(e: Emitter, value: str) -> Place:
+    """The planes of a value and the copies to either side, gathered where who wrote it has not stored them."""
+    place = e.places[value]
+    storage = place.storage
+    assert storage is not None
+    channels, height, width = place.shape
+    if value not in e.sided:
+        e.sided.add(value)
+        above = storage.vertical
+        sizes, strides = (2, channels, height + 2 * above, width), (2 * storage.sides, storage.plane, width, 1)
+        first = replace(place, offset=place.offset - storage.sides - above * width)
+        arrays = {"index": np.array([-above, -1, -above, 1], np.int32)}
+        out, a = first.operand_of(sizes, strides), place.operand()
+        e.step(name=f"{value}/sides", op="gather", out=out, a=a, params=(1, 1), arrays=arrays)
+    return replace(place, shape=(3 * channels, height, width), offset=place.offset - storage.sides)
 
 
 def _phases(e: Emitter, node: Node, used: set[Pair]) -> Place:

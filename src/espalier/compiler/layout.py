@@ -35,6 +35,7 @@ class Storage:
 
     row_stride, plane: floats from row to row and from channel to channel. vertical, side: rows of zeros above and
     below, columns of zeros beside. front: floats before pixel (0, 0, 0). by_rows: rows of all channels lie together.
+    sides: 0, or: so many floats before and behind lie copies of the planes, shifted by a column to either side.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Storage:
     side: int = 0
     front: int = 0
     by_rows: bool = False
+    sides: int = 0
 
     @property
     def margins(self) -> bool:
@@ -57,7 +59,7 @@ class Storage:
     def size_bytes(self) -> int:
         """Bytes of one sample in the arena."""
         rows = (self.height + self.vertical) * self.row_stride + 2 * VECTOR  # nothing lies behind the last row
-        return 4 * (self.front + (rows if self.by_rows else self.channels * self.plane))
+        return 4 * (self.front + (rows if self.by_rows else self.channels * self.plane) + self.sides)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Place:
         """Margin floats that the writer of this place must zero before it; None where there are no margins."""
         if self.storage is None or not self.storage.margins:
             return None
-        if self.offset == self.storage.front:
+        if self.offset == self.storage.front and not self.storage.sides:
             return self.storage.front
         # part of a concatenation, read before the part in front of it is written: that one's last margin, too
         return self.storage.vertical * self.storage.row_stride + self.storage.side
@@ -161,6 +163,7 @@ class Root:
     planes: bool = False  # it lies in planes: other values are parts or views of it, or a conv wants them
     pixels: bool = False  # a convolution reads or writes it
     shifts: bool = False  # of phases: every column of a window has one of its own
+    sides: bool = False  # copies shifted by a column to either side lie beside its planes, instead of side margins
 
 
 @dataclass
@@ -187,6 +190,8 @@ class Layout:
             r = replace(r, channels=r.channels * times)
         if r.height * r.width == 1 and not r.vertical and not r.side:
             return Storage(root, r.channels, 1, 1, 1, 1)
+        if r.sides:
+            return _with_sides(root, r)
         same = [o for name, o in self.roots.items() if self._find(name) == self._find(root)]
         stride = max(o.width + o.side for o in same)
         if _by_rows(r, stride):
@@ -216,6 +221,7 @@ class Layout:
         if root in self.roots:
             return self._planes(self.storage(root), 0, self.shapes[value])
         planned = self.storage(self.home[value][0])  # written in another order than planned
+        assert not planned.sides, "nobody who needs side margins reads it"
         channels = planes_of(self.shapes[value])[0]
         stride = channels * planned.plane if planned.by_rows else planned.row_stride
         storage = replace(planned, name=root, channels=channels, row_stride=stride)
@@ -257,6 +263,16 @@ def _by_rows(r: Root, row_stride: int) -> bool:
         return False
     run = (r.height - 1) * row_stride + r.width
     return r.height * -(-r.width // VECTOR) <= _WASTE * -(-run // VECTOR)
+
+
+def _with_sides(name: str, r: Root) -> Storage:
+    """Planes of whole cache lines, in different sets of the cache, with their copies before and behind.
+
+    The row above begins with a line: of rows of 8 pixels that makes two of the three in a window do so.
+    """
+    plane = -(-(r.height + 2 * r.vertical) * r.width // VECTOR) * VECTOR | VECTOR
+    front, sides = r.vertical * r.width, r.channels * plane
+    return Storage(name, r.channels, r.height, r.width, r.width, plane, r.vertical, 0, front + sides, sides=sides)
 
 
 def _in_rows(name: str, r: Root) -> Storage:

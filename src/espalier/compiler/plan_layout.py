@@ -13,6 +13,8 @@ from espalier.compiler.window import is_depthwise, window
 from espalier.graph.ir import Graph, Node
 
 _FEW_PIXELS = 64  # of an image that is worth a copy for every column of a window
+_SIDED_WIDTHS = (4, 8, 16, 32)  # of images whose rows fill vectors
+_SIDED_FLOATS = 1 << 17  # of planes with their copies: a good part of the second cache
 _SPARSE = 0.5  # density of weights up to which layouts for sparse ones pay
 
 
@@ -42,6 +44,8 @@ def plan_layout(
         if root in layout.roots:
             layout.home[name] = (root, channel)
             layout.roots[root].planes |= root != name
+    for name in _sided(layout, nodes):
+        layout.roots[name].sides = True
     for node in nodes:
         if not fresh.issuperset(node.outputs):
             for root in {layout.home[n][0] for n in node.inputs if n in layout.home}:
@@ -93,9 +97,15 @@ def _plan_conv(layout: Layout, node: Node, graph: Graph) -> None:
     if is_depthwise(graph, node):  # reads planes of any kind, in the arena
         if home is None and f"{source}/planes" not in layout.roots:
             layout.add(f"{source}/planes", layout.shapes[source])
-    elif all(s == 1 for s in node.attrs["stride"]) and _shifts(layout, node, graph):
+    elif source in layout.roots and layout.roots[source].sides:
+        layout.need(source, window(node)[1][0], 0)
+        if _moves_by_one(node):
+            layout.join(source, target)
+        else:
+            _plan_phases(layout, node, target, [1, *kernel][-2:], _exact(layout, node, graph, target))
+    elif _moves_by_one(node) and (_shifts(layout, node, graph) or (home is None and layout.roots[target].sides)):
         _plan_shifts(layout, node, target, [1, *kernel][-2:])
-    elif all(s == 1 for s in node.attrs["stride"]):
+    elif _moves_by_one(node):
         padding = [0, *node.attrs["padding"]][-2:]
         if home is None:
             home = f"{source}/planes"
@@ -104,7 +114,7 @@ def _plan_conv(layout: Layout, node: Node, graph: Graph) -> None:
         layout.need(home, padding[0], padding[1])
         layout.join(home, target)
     else:
-        _plan_phases(layout, node, target, [1, *kernel][-2:], _shifts(layout, node, graph))
+        _plan_phases(layout, node, target, [1, *kernel][-2:], _exact(layout, node, graph, target))
     residual = node.inputs[3] if len(node.inputs) > 3 else None
     if residual in layout.home:
         layout.join(layout.home[residual][0], target)
@@ -136,6 +146,102 @@ def _shifts(layout: Layout, node: Node, graph: Graph) -> bool:
     run = (height - 1) * (width + max(1, padding[1])) + width
     fewer = -(-height * width // VECTOR) <= 0.6 * -(-run // VECTOR)
     return fewer and int(weight.count_nonzero()) <= _SPARSE * weight.numel()
+
+
+def _sided(layout: Layout, nodes: tuple[Node, ...]) -> set[str]:
+    """The values that lie with copies of their planes beside them, which the convs that write them store as well.
+
+    Windows then read whole vectors, none of which lies in two cache lines, and no side margins. That pays for sparse
+    windows of three columns over images whose rows fill vectors, unless anybody else reads margins; and where a window
+    leads from such a value to one with margins, their rows would not lie alike.
+    """
+    graph, readers = layout.graph, layout.graph.readers()
+    made, margins = set[str](), set[str]()
+    for node in nodes:
+        for name in node.outputs:
+            windows = [n for n in readers.get(name, ()) if n.inputs[0] == name and _reaches(n, graph)]
+            if windows and _pays(layout, node, windows):
+                made.add(name)
+            elif windows and name in layout.home:  # others are copied before they are read
+                margins.add(name)
+    while True:
+        mixed = set[str]()
+        for node in nodes:
+            if _reaches(node, graph):
+                ends = {str(n) for n in (node.inputs[0], *node.inputs[3:], *node.outputs)}
+                mixed |= ends & made if ends & margins else set()
+        if not mixed:
+            return made
+        made, margins = made - mixed, margins | mixed
+
+
+def _pays(layout: Layout, node: Node, windows: Sequence[Node]) -> bool:
+    """Whether the output of `node` may lie so, and these windows, which read it, gain more than is spent on it."""
+    graph, name = layout.graph, node.outputs[0]
+    shape = layout.shapes[name]
+    if node.op != "conv" or layout.home.get(name) != (name, 0) or len(shape) != 3 or not _fill_vectors(shape):
+        return False
+    stem = graph.values[str(node.inputs[1])].shape[1] <= _STEM
+    if not _clamped(node) or is_depthwise(graph, node) or not (stem or not _moves_by_one(node) or _sparse(graph, node)):
+        return False  # dense ones at stride 1 are better done by Winograd
+    blind = all(n.op in _BLIND for n in graph.readers()[name])
+    if not blind or not all(_three_columns(n, graph) for n in windows):
+        return False
+    tensors = [graph.tensors[str(n.inputs[1])] for n in windows]
+    if shape[2] >= VECTOR and not all(map(_wants_planes, tensors)):
+        return False  # better row by row
+    channels, height, width = shape
+    exact, run = height * width / VECTOR, -(-((height - 1) * (width + 1) + width) // VECTOR)
+    saved = sum(int(w.count_nonzero()) for w in tensors) * (run - (1 - _ALIGNED) * exact)
+    return saved > _STORES * channels * exact
+
+
+def _fill_vectors(shape: tuple[int, ...]) -> bool:
+    """Whether rows fill vectors, and planes with their copies fit into a cache."""
+    channels, height, width = shape
+    whole = width in _SIDED_WIDTHS and height * width % VECTOR == 0 and height * width <= 4 * VECTOR**2
+    return whole and height > 1 and 3 * channels * (height + 2) * width <= _SIDED_FLOATS
+
+
+_STEM = 4  # channels that a stem reads: too few for Winograd
+_BLIND = ("conv", "add", "adaptive_avg_pool", "mean", "pad")  # they read no margins
+_ALIGNED, _STORES = 0.1, 6  # share of the time that whole cache lines save; what two more stores cost, in products
+
+
+def _sparse(graph: Graph, node: Node) -> bool:
+    weight = graph.tensors.get(str(node.inputs[1]))
+    if weight is None or is_depthwise(graph, node):
+        return False
+    return int(weight.count_nonzero()) <= _SPARSE * weight.numel()
+
+
+def _clamped(node: Node) -> bool:
+    """Whether the kernel has its activation at hand while it stores vectors."""
+    activation = node.attrs.get("activation")
+    return activation is None or activation["name"] in ("relu", "clamp")
+
+
+def _reaches(node: Node, graph: Graph) -> bool:
+    """Whether a node is a conv that reads pixels beside the one that it writes where they lie."""
+    if node.op != "conv" or not _moves_by_one(node):
+        return False
+    return any(k > 1 for k in graph.values[str(node.inputs[1])].shape[2:]) or any(node.attrs["padding"])
+
+
+def _moves_by_one(node: Node) -> bool:
+    return all(s == 1 for s in node.attrs["stride"])
+
+
+def _three_columns(node: Node, graph: Graph) -> bool:
+    """Whether a conv is sparse and its window reaches one pixel in every direction."""
+    _, padding, dilation = window(node)
+    kernel = tuple(graph.values[str(node.inputs[1])].shape[2:])
+    return _sparse(graph, node) and kernel == (3, 3) and padding == dilation == (1, 1)
+
+
+def _exact(layout: Layout, node: Node, graph: Graph, target: str) -> bool:
+    """Whether a strided window reads phases as wide as what it writes."""
+    return layout.roots[target].sides or _shifts(layout, node, graph)
 
 
 def _plan_shifts(layout: Layout, node: Node, target: str, kernel: Sequence[int]) -> None:
@@ -170,6 +276,7 @@ def _plan_phases(layout: Layout, node: Node, target: str, kernel: Sequence[int],
         layout.roots[name] = Root(channels, 0, 0, pixels=True, shifts=shifts)
         layout.above[name] = name
     root = layout.roots[name]
+    root.planes |= layout.roots[target].sides  # one run of pixels, as what is written
     height, width = (o + (k - 1) * d // s for o, k, d, s in zip(out, kernel, dilation, stride))
     root.height, root.width = max(root.height, height), max(root.width, out[1] if root.shifts else width)
     layout.strided.setdefault(name, []).append(node)
