@@ -59,10 +59,17 @@ def run_cells(
 ) -> None:
     """Do the cells that are wanted and not done yet; write each into `results` as it ends.
 
-    settings: the same for all cells of the file, at whose top they stand; beside them what else was `measured`. A cell
-    that fails is told and left out; the others go on. Exits with status 1 if any failed.
+    settings: the same for all cells of the file, at whose top they stand; beside them what else was `measured`, and the
+    `grid`: the keys of all cells. A cell that fails is told and left out; the others go on. Exits with status 1 if any
+    failed.
     """
     made = _done(results, settings)
+
+    def write() -> None:
+        facts = {**settings, **measured, "machine": es.machine(), "grid": [key_of(cell) for cell in cells]}
+        _write(results, {**facts, "cells": dict(sorted(made.items()))})
+
+    write()
     wanted = [cell for cell in cells if fnmatch(key_of(cell), arguments.only) and key_of(cell) not in made]
     print(f"{len(cells)} cells, {len(made)} done before, {len(wanted)} to do")
     until, failed = time.monotonic() + 60 * arguments.minutes, 0
@@ -79,7 +86,7 @@ def run_cells(
                 continue
             if result is not None:
                 made[key] = result
-                _write(results, {**settings, **measured, "machine": es.machine(), "cells": dict(sorted(made.items()))})
+                write()
                 told = "  ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, float | int))
                 print(f"[{number}/{len(wanted)}] {key}  {told}", flush=True)
     if failed:

@@ -60,7 +60,9 @@ def methods_resnet20(report: dict[str, Any]) -> str:
     rows = []
     for method, scheme in dict.fromkeys(key[:2] for key in cells):
         found = {f: [v for key, v in cells.items() if key[:3] == (method, scheme, f)] for f in factors}
-        made = [f"{mean(v['test'] for v in found[f]):.2f}" if found[f] else "open" for f in factors]
+        grid = {tuple(key.split("/"))[:3] for key in report["grid"]}
+        left = {f: "open" if (method, scheme, f) in grid else "" for f in factors}
+        made = [f"{mean(v['test'] for v in found[f]):.2f}" if found[f] else left[f] for f in factors]
         rows.append([method, scheme, *made])
     taught = f", {report['distill']:.0%} of the loss taught by the dense network" if report.get("distill") else ""
     epochs = f"{report['epochs']} epochs each{taught}, {report['precision']}, Torch-Pruning {report['torch_pruning']}."

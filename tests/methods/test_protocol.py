@@ -204,3 +204,20 @@ def test_rows_stand_in_blocks_with_their_like_and_a_resumed_run_knows_which(meth
     again = begun(2)[1]
     again.load_state_dict(resumed.state_dict())
     assert torch.equal(again.masks["conv2.weight"], mask)
+
+
+def test_structure_parameters_of_pruned_groups_stay_within_reach() -> None:
+    """However long a pruned group is pushed: when it comes back, it is not larger than what lives by far."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8, bias=False))
+    run = start(model, {"0.weight": scheme("weight", 0.1)}, "structure_parameters", torch.zeros(1, 12), steps=400)
+    push, largest = torch.randn(8, 12), 0.0
+    for _ in range(400):
+        with torch.no_grad():
+            model[0].weight.add_(0.05 * push)
+        run.step()
+        state = run.state_dict()["method"]
+        a, alive = state["0.weight/a0"].abs(), state["0.weight/alive0"]
+        if not alive.all():
+            largest = max(largest, float(a[~alive].max() / a[alive].min()))
+    assert 1 < largest < 4, "chosen anew every fourth step, what lives may have shrunk since"

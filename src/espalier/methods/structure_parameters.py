@@ -46,6 +46,8 @@ class StructureParameters(Method):
         has one, the threshold is the one that leaves as many groups as a cubic ramp wants.
     density: of all sites of the plan together, for the rules that have none: then one threshold for all follows a ramp.
     until: the share of the run after which the ramp is over. updates: of thresholds and patterns in a run.
+    reach: how far |a| of a pruned group may grow, in times the least that lives: nothing else holds it back while it
+        takes no part, and LeNet-5's single weights diverged at a density of 0.025 without. Our reading.
 
     Patterns and N:M keep what is largest, straight through as well; ties (unification) are made when the run finishes.
     """
@@ -56,6 +58,7 @@ class StructureParameters(Method):
     until: float = 0.7
     eps: float = 0.5
     updates: int = 100
+    reach: float = 2.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -125,7 +128,9 @@ class StructureParameters(Method):
             a = state[lane.key("a")]
             moved = a + lane.mean(_product(along, spreads[:k] + spreads[k + 1 :])) / state[lane.key("scale")]
             stuck = living & (moved * a.sign() < LEAST)  # what lives passes zero only by dying first
-            a.copy_(torch.where(stuck, a.sign() * LEAST, moved))
+            moved = torch.where(stuck, a.sign() * LEAST, moved)
+            bound = self.reach * moved.abs().masked_fill(~living, math.inf).min()
+            a.copy_(torch.where(living, moved, moved.clamp(-bound, bound)))
         factors = [lane.spread(state[lane.key("a")] * living) for lane, living in zip(lanes, alive)]
         moved = after.clone() if not factors else _product(after / factors[0], [1 / factor for factor in factors[1:]])
         for lane, factor in zip(lanes, factors):
