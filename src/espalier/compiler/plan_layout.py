@@ -188,8 +188,8 @@ def _pays(layout: Layout, node: Node, windows: Sequence[Node]) -> bool:
     if not blind or not all(_three_columns(n, graph) for n in windows):
         return False
     tensors = [graph.tensors[str(n.inputs[1])] for n in windows]
-    if shape[2] >= VECTOR and not all(map(_wants_planes, tensors)):
-        return False  # better row by row
+    if not all(map(_wants_planes, tensors)):
+        return False  # tall blocks gain little, and threads would have three times as much from each other
     channels, height, width = shape
     exact, run = height * width / VECTOR, -(-((height - 1) * (width + 1) + width) // VECTOR)
     saved = sum(int(w.count_nonzero()) for w in tensors) * (run - (1 - _ALIGNED) * exact)
