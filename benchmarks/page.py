@@ -53,17 +53,25 @@ def methods_lenet5(report: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+RIVALS = ("one-shot", "group_norm", "group_sl")  # of methods_resnet20.py: one density for all, and Torch-Pruning's
+
+
 def methods_resnet20(report: dict[str, Any]) -> str:
     """Methods and schemes down, factors of multiply-accumulates across."""
     cells = {tuple(key.split("/")): value for key, value in report["cells"].items()}
     factors = sorted({key[2] for key in cells}, key=int)
+    grid = {tuple(key.split("/"))[:3] for key in report["grid"]}
     rows = []
+    for theirs, title in ((False, "**best of ours**"), (True, "**best rival**")):
+        found = {
+            f: [v["test"] for key, v in cells.items() if (key[0] in RIVALS) == theirs and key[2] == f] for f in factors
+        }
+        rows.append([title, "", *(f"**{max(found[f]):.2f}**" if found[f] else "open" for f in factors)])
     for method, scheme in dict.fromkeys(key[:2] for key in cells):
         found = {f: [v for key, v in cells.items() if key[:3] == (method, scheme, f)] for f in factors}
-        grid = {tuple(key.split("/"))[:3] for key in report["grid"]}
         left = {f: "open" if (method, scheme, f) in grid else "" for f in factors}
         made = [f"{mean(v['test'] for v in found[f]):.2f}" if found[f] else left[f] for f in factors]
-        rows.append([method, scheme, *made])
+        rows.append([f"{method} (rival)" if method in RIVALS else method, scheme, *made])
     taught = f", {report['distill']:.0%} of the loss taught by the dense network" if report.get("distill") else ""
     epochs = f"{report['epochs']} epochs each{taught}, {report['precision']}, Torch-Pruning {report['torch_pruning']}."
     headings = ["method", "scheme", *(f"{f}x fewer MACs" for f in factors)]
