@@ -14,7 +14,7 @@ from espalier.graph.ir import Graph, Node
 
 _FEW_PIXELS = 64  # of an image that is worth a copy for every column of a window
 _SIDED_WIDTHS = (4, 8, 16, 32)  # of images whose rows fill vectors
-_SIDED_FLOATS = 1 << 17  # of planes with their copies: a good part of the second cache
+_SIDED_FLOATS = 1 << 16  # of planes with their copies, which threads fetch from each other
 _SPARSE = 0.5  # density of weights up to which layouts for sparse ones pay
 
 
