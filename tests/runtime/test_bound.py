@@ -53,6 +53,18 @@ def test_what_pytorch_runs_can_be_bound(assert_close) -> None:
     assert set(call.profile()) == set(executable.profile(x))
 
 
+def test_an_input_may_be_an_output() -> None:
+    class Both(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x.relu()
+
+    x = torch.randn(2, 3, 4)
+    call = compile(Both().eval(), x).bind(x)
+    x.neg_()
+    same, positive = call()
+    assert torch.equal(same, x) and torch.equal(positive, x.relu())
+
+
 def test_times_every_step(executable) -> None:
     call = executable.bind(torch.randn(1, 3, 10, 10))
     times = call.profile()

@@ -38,7 +38,8 @@ class Bound:
         # the engine's call does not keep them
         self._arrays = [array_of(x) for x in inputs]
         self._run, results = self._context.bind(self._arrays, batch)
-        self.outputs = program.results(dict(zip(self._native.outputs, results)), inputs)
+        values = dict(zip(program.graph.inputs, inputs)) | dict(zip(self._native.outputs, results))
+        self.outputs = program.results(values, inputs)
 
     def __call__(self) -> Any:
         """The outputs for what stands in the inputs now. Raises EngineError while another thread is in it."""

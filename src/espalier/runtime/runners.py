@@ -84,4 +84,5 @@ def array_of(x: Any) -> np.ndarray:
 
 
 def tensor_of(x: Any) -> Tensor:
+    """A tensor or array as a tensor that shares its memory."""
     return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
