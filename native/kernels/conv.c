@@ -3,102 +3,12 @@
  * Each activation vector is loaded once for m rows, each weight broadcast once for v vectors. The order in which columns
  * are added does not depend on tile, thread or segment, so results do not either. */
 #include <math.h>
-#include <stdbool.h>
 
-#include "activate.h"
-#include "planes.h"
-#include "simd.h"
+#include "tile.h"
 
 /* Of a group of blocks: weights, which are read again for every tile, a third of the nearest cache; and rows, where each
  * is written to a plane of its own: so few streams that prefetchers follow them. */
 enum { GROUP_FLOATS = 4096, GROUP_ROWS = 16 };
-
-/* What a tile needs; the same for all tiles of a block. */
-typedef struct {
-    const esp_step *step;
-    const float *in;
-    float *out;
-    const float *residual; /* or NULL */
-    const int32_t *rows, *index;
-    const float *values;
-    int64_t columns, height;
-} block;
-
-/* The vectors of a tile: where each lies, how many of its lanes count, and up to which zeros are stored behind them. */
-typedef struct {
-    int64_t in[8], out[8], residual[8];
-    int lanes[8], stored[8];
-    bool run;    /* the vectors lie one behind the other */
-    bool plain;  /* and all lanes of all are stored */
-    bool masked; /* and those that are no pixels, but side margin, as zeros: `pixels` are the others */
-    lanes pixels[8];
-    lanes not_first, not_last; /* of rows of the image in a vector, or of half a row: all pixels but one */
-} spots;
-
-/* How a tile is stored. */
-enum { ANYHOW, PLAIN, MASKED, SIDED, SIDED_PAIRS };
-
-static bool is_clamp(const esp_step *s) { return s->activation == ESP_CLAMP || s->activation == ESP_LINEAR_ACT; }
-
-/* Whether copies of the output, a column to either side, are stored as its vectors are: rows fill one, or two. */
-ESP_INLINE bool in_vectors(const esp_step *s)
-{
-    const int64_t width = s->out.size[3];
-    return s->param[CONV_SIDES] && (width == 2 * ESP_WIDTH || (width <= ESP_WIDTH && ESP_WIDTH % width == 0)) &&
-           s->param[CONV_LENGTH] % ESP_WIDTH == 0 && is_clamp(s);
-}
-
-/* Residual and activation of M rows at V vectors, and every row where it belongs. With clamp, kind is no activation or
- * a clamp between low and high; without, any. */
-ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool add, const int how, const block *b,
-    vec acc[8][8], const spots *at, float low, float high)
-{
-    const bool plain = how != ANYHOW, masked = how == MASKED || (how == ANYHOW && at->masked);
-    /* copies: the compiler must believe that stores change what lies behind pointers */
-    const int64_t to_stride = b->step->out.stride[1], from_stride = b->step->b.stride[1];
-    const bool sided = how == SIDED || how == SIDED_PAIRS;
-    const int64_t sides = sided ? b->step->param[CONV_SIDES] : 0;
-    const lanes not_first = at->not_first, not_last = at->not_last;
-    const int activation = b->step->activation;
-    const float *from = b->residual;
-    float *to = b->out;
-    int64_t to_at[8], from_at[8];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; v++) {
-        to_at[v] = plain ? at->out[0] + v * ESP_WIDTH : at->out[v];
-        from_at[v] = !add ? 0 : plain ? at->residual[0] + v * ESP_WIDTH : at->residual[v];
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-        const int64_t row = b->rows[m];
-        if (row < 0) continue;
-        float *out = to + row * to_stride;
-        const float *residual = add ? from + row * from_stride : NULL;
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++) {
-            const int lanes = plain ? ESP_WIDTH : at->lanes[v];
-            vec y = acc[m][v];
-            if (add) y += lanes < ESP_WIDTH ? load_part(residual + from_at[v], lanes) : load(residual + from_at[v]);
-            y = clamp ? vmin(splat(high), vmax(splat(low), y)) : activate(y, activation, low, high);
-            if (masked) y = choose_lanes(at->pixels[v], y, (vec){0});
-            if (lanes < ESP_WIDTH)
-                store_part(out + to_at[v], choose_lanes(lanes_between(0, lanes), y, (vec){0}), at->stored[v]);
-            else
-                store(out + to_at[v], y);
-            if (sided) acc[m][v] = y;
-        }
-#pragma GCC unroll 8
-        for (int v = 0; v < V && sided; v++) {
-            const bool second = how == SIDED_PAIRS && v % 2 == 1, first = how == SIDED_PAIRS && v % 2 == 0 && v + 1 < V;
-            const vec y = acc[m][v], before = second ? last_then(acc[m][v - 1], y)
-                                                     : choose_lanes(not_first, lanes_before(y), (vec){0});
-            const vec behind = first ? next_lanes(y, acc[m][v + 1])
-                                     : choose_lanes(not_last, lanes_behind(y), (vec){0});
-            store(out - sides + to_at[v], before);
-            store(out + sides + to_at[v], behind);
-        }
-    }
-}
 
 /* The sums of all columns; the vectors lie one behind the other (run), or anywhere. */
 ESP_INLINE void sum_up(const int M, const int V, const bool run, const block *b, const spots *at, vec acc[8][8])
@@ -151,9 +61,9 @@ ESP_INLINE void tile_rows(const int M, const int V, const block *b, const spots 
         FINISH(true, ANYHOW);
     else if (at->masked)
         FINISH(true, MASKED);
-    else if (in_vectors(b->step) && b->step->out.size[3] > ESP_WIDTH)
+    else if (at->sided == SIDED_PAIRS)
         FINISH(true, SIDED_PAIRS);
-    else if (in_vectors(b->step))
+    else if (at->sided == SIDED)
         FINISH(true, SIDED);
     else
         FINISH(true, PLAIN);
@@ -203,41 +113,13 @@ static const tile_function tiles_2[] = {tile_2_1, tile_2_2, tile_2_3, tile_2_4, 
 static const tile_function tiles_4[] = {tile_4_1, tile_4_2, tile_4_3};
 #endif
 
-/* Zero the `front` floats before the first plane, where pixels begin..end of plane `row`, worked on as one run, are its
- * beginning; and the back margin of the plane, where they are the plane's end. */
-static void zero_flat(const esp_step *s, float *out, int64_t front, int64_t row, int64_t begin, int64_t end)
-{
-    float *plane = out + row * s->out.stride[1];
-    if (end >= s->param[CONV_LENGTH]) zero_floats(plane + s->param[CONV_LENGTH], s->out.stride[1] - s->param[CONV_LENGTH]);
-    if (begin == 0 && row == 0) zero_floats(out - front, front);
-}
-
-/* Pixels begin..end of plane `row` in the copies to either side. Whoever writes a pixel writes it there, too, and zero
- * where no pixel comes: nobody else writes either. */
-static void store_sides(const esp_step *s, float *out, int64_t row, int64_t begin, int64_t end)
-{
-    const int64_t width = s->out.size[3], sides = s->param[CONV_SIDES];
-    const float *plane = out + row * s->out.stride[1];
-    float *before = out - sides + row * s->out.stride[1], *behind = out + sides + row * s->out.stride[1];
-    if (end > s->param[CONV_LENGTH]) end = s->param[CONV_LENGTH];
-    for (int64_t i = begin, x = begin % width; i < end; i++, x = x + 1 < width ? x + 1 : 0) {
-        if (x == 0)
-            before[i] = 0;
-        else
-            behind[i - 1] = plane[i];
-        if (x == width - 1)
-            behind[i] = 0;
-        else
-            before[i + 1] = plane[i];
-    }
-}
-
 /* How a step is cut: its units, which are vectors of its pixels or pairs of them, into chunks. */
 typedef struct {
     int64_t units, per_segment, chunks;
     int vectors;  /* of a unit */
     int64_t cost; /* of all blocks at one unit: a column is 1, the work that every block has 4 */
     int margin;   /* lanes behind a segment that are its margin, where they lie in its last vector; or 0 */
+    int sided;    /* as in `spots` */
 } cut;
 
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -255,7 +137,7 @@ static void mask_margins(spots *at, const esp_step *s, int64_t first, int count)
 }
 
 /* `count` units in the only segment, counted from its pixel `first`. */
-ESP_INLINE void flat_spots(spots *at, const esp_step *s, int64_t first, int count)
+ESP_INLINE void flat_spots(spots *at, const esp_step *s, const cut *c, int64_t first, int count)
 {
     const int64_t left = s->param[CONV_LENGTH] - first - (count - 1) * ESP_WIDTH;
     for (int v = 0; v < count; v++) {
@@ -267,7 +149,8 @@ ESP_INLINE void flat_spots(spots *at, const esp_step *s, int64_t first, int coun
     if (!at->plain) at->lanes[count - 1] = at->stored[count - 1] = (int)left;
     at->masked = s->margins && s->out.size[2] > 1 && s->out.stride[2] > s->out.size[3];
     if (at->masked) mask_margins(at, s, first, count);
-    if (!s->param[CONV_SIDES]) return;
+    at->sided = c->sided;
+    if (!at->sided) return;
     uint32_t firsts = 0;
     for (int64_t i = 0; i < ESP_WIDTH; i += s->out.size[3]) firsts |= 1u << i;
     at->not_first = lanes_of(~firsts);
@@ -279,6 +162,7 @@ ESP_INLINE void next_spots(spots *at, const esp_step *s, const cut *c, int64_t *
 {
     const int64_t *p = s->param;
     at->run = at->plain = at->masked = false;
+    at->sided = 0;
     for (int v = 0; v < count; v++) {
         const int64_t pixel = *vector * ESP_WIDTH, left = p[CONV_LENGTH] - pixel;
         at->in[v] = *segment * p[CONV_IN_STRIDE] + pixel;
@@ -302,7 +186,7 @@ static void zero_margins(const esp_step *s, const cut *c, float *out, int64_t ro
         if (!sides) return;
         zero_flat(s, out, 0, row, first, upto); /* before the first plane lies the margin of the last of the copy */
         zero_flat(s, out + sides, 0, row, first, upto);
-        if (!in_vectors(s)) store_sides(s, out, row, first, upto);
+        if (!c->sided) store_sides(s, out, row, first, upto);
         return;
     }
     /* the segments whose last vector lies in begin..end */
@@ -326,7 +210,7 @@ static void run_blocks(const block *b, int64_t first, int64_t upto, const tile_f
     for (int64_t t = 0; t < count; t++) {
         const int wide = ((int)narrow + (t < wider)) * c->vectors;
         if (c->per_segment == c->units)
-            flat_spots(&at, s, (begin + t * narrow + (t < wider ? t : wider)) * c->vectors * ESP_WIDTH, wide);
+            flat_spots(&at, s, c, (begin + t * narrow + (t < wider ? t : wider)) * c->vectors * ESP_WIDTH, wide);
         else
             next_spots(&at, s, c, &segment, &vector, wide);
         tiles[wide - 1](b, first, upto, &at);
@@ -375,7 +259,7 @@ static int64_t bands_of(const esp_step *s, int64_t vectors, int parts)
 static cut cut_of(const esp_step *s, int parts)
 {
     const int64_t *p = s->param, length = p[CONV_LENGTH];
-    const int vectors = in_vectors(s) && s->out.size[3] > ESP_WIDTH ? 2 : 1;
+    const int sided = sided_of(s), vectors = sided == SIDED_PAIRS ? 2 : 1;
     const int64_t per_segment = divide_up(length, vectors * ESP_WIDTH);
     const int64_t units = p[CONV_SEGMENTS] * per_segment, blocks = s->starts_count - 1;
     const int64_t wanted = p[CONV_SEGMENTS] == 1 ? divide_up(p[CONV_CHUNK], vectors * ESP_WIDTH)
@@ -388,7 +272,7 @@ static cut cut_of(const esp_step *s, int parts)
     const int64_t margin = s->out.stride[1] - length;
     const bool stored = s->margins && whole && by_rows(&s->out) && length + margin <= per_segment * ESP_WIDTH;
     return (cut){units, per_segment, chunks < units ? chunks : units, vectors, s->index_count + 4 * blocks,
-        stored ? (int)margin : 0};
+        stored ? (int)margin : 0, sided};
 }
 
 /* Which part of the sequence of chunks, counted in their cost, is a thread's: its band, where bands are about equal. Else

@@ -159,8 +159,9 @@ def _sided(layout: Layout, nodes: tuple[Node, ...]) -> set[str]:
     made, margins = set[str](), set[str]()
     for node in nodes:
         for name in node.outputs:
-            windows = [n for n in readers.get(name, ()) if n.inputs[0] == name and _reaches(n, graph)]
-            if windows and _pays(layout, node, windows):
+            reading = readers.get(name, [])
+            windows = [n for n in reading if n.inputs[0] == name and _reaches(n, graph)]
+            if windows and all(n.op in _BLIND for n in reading) and _pays(layout, node, windows):
                 made.add(name)
             elif windows and name in layout.home:  # others are copied before they are read
                 margins.add(name)
@@ -184,8 +185,7 @@ def _pays(layout: Layout, node: Node, windows: Sequence[Node]) -> bool:
     stem = graph.values[str(node.inputs[1])].shape[1] <= _STEM
     if not _clamped(node) or is_depthwise(graph, node) or not (stem or not _moves_by_one(node) or _sparse(graph, node)):
         return False  # dense ones at stride 1 are better done by Winograd
-    blind = all(n.op in _BLIND for n in graph.readers()[name])
-    if not blind or not all(_three_columns(n, graph) for n in windows):
+    if not all(_three_columns(n, graph) for n in windows):
         return False
     tensors = [graph.tensors[str(n.inputs[1])] for n in windows]
     if not all(map(_wants_planes, tensors)):
