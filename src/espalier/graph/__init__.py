@@ -4,7 +4,7 @@ from espalier.graph.capture import ExampleInputs, capture
 from espalier.graph.channels import Couplings, couplings
 from espalier.graph.interpret import run
 from espalier.graph.ir import OPAQUE, Graph, Node, Site, Value
-from espalier.graph.liveness import Liveness, bury, liveness
+from espalier.graph.liveness import Liveness, bury, liveness, needed
 from espalier.graph.module import to_module
 from espalier.graph.op import Op
 from espalier.graph.ops import OPS
@@ -26,6 +26,7 @@ __all__ = [
     "capture",
     "couplings",
     "liveness",
+    "needed",
     "run",
     "shrink",
     "shrink_graph",

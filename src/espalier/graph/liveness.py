@@ -7,7 +7,8 @@ reads goes even if it is not zero (unused path removal, P-RM, arXiv 1905.00136).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -137,6 +138,33 @@ def _mend_conv_groups(node: Node, found: Couplings, root: Tensor, alive: Tensor)
     if not even or not bool((rows[stays] > 0).all() and (columns[stays] > 0).all()):
         alive[outputs[stays].flatten()] = True
         alive[inputs[stays].flatten()] = True
+
+
+def needed(graph: Graph, cut: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Which kernels somebody would miss, were the tensors of `cut` those of the network: site -> bool.
+
+    Shape of a mask: ``[outputs, inputs of a conv group]``. Nobody misses a kernel that makes a channel which nobody
+    needs, or one whose input is always zero, the affine part of dead filters buried.
+
+    >>> needed(graph, {"conv1.weight": without_filter_3})["conv2.weight"][:, 3].any()
+    tensor(False)
+    """
+    tried = replace(graph, tensors={**graph.tensors, **cut})
+    buried = {
+        name: tried.tensors[name].detach().masked_fill(~keep.to(tried.tensors[name].device), 0)
+        for name, keep in bury(tried).items()
+    }
+    tried = replace(tried, tensors={**tried.tensors, **buried})
+    live, state, made = liveness(tried), states(tried), dict[str, Tensor]()
+    nodes = [n for n in tried.nodes if n.op in ("conv", "linear") and n.inputs[1] in tried.tensors]
+    for node in nodes:
+        site, groups = str(node.inputs[1]), int(node.attrs.get("conv_groups", 1))
+        fed = along(state[node.inputs[0]], _dim(tried, node)) != ZERO  # type: ignore[index]
+        inputs = (live.alive[live.root[live.found.labels[f"{site}@1"]]] & fed).reshape(groups, 1, -1)
+        rows = live.alive[live.root[live.found.labels[f"{site}@0"]]].reshape(groups, -1, 1)
+        here = (rows & inputs).flatten(0, 1)
+        made[site] = made[site] | here if site in made else here
+    return made
 
 
 def bury(graph: Graph) -> dict[str, Tensor]:

@@ -20,11 +20,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from espalier.graph import shrink_graph
+from espalier.graph import needed, shrink_graph
 from espalier.graph.ir import Graph, Site
 from espalier.mapping.clock import Profile
 from espalier.mapping.layers import Layer
 from espalier.mapping.stripes import repeated, stripes
+from espalier.methods.targets import filters
 from espalier.sparsity import Scheme
 from espalier.sparsity.masked import masked
 
@@ -47,8 +48,10 @@ class Probe:
         depends on shapes only, and shrunk only where depthwise convs lose channels: that is what they lose them for.
         """
         tensors = {**self.graph.tensors, **self._neutral}
+        heard = self._heard(schemes) if own else {}
         for name in self.layers:
-            tensors[name] = self._own(name, schemes.get(name)) if own else self._weight(name, schemes.get(name))
+            chosen = schemes.get(name)
+            tensors[name] = self._own(name, chosen, heard.get(name)) if own else self._weight(name, chosen)
         made = replace(self.graph, tensors=tensors)
         return shrink_graph(made)[0] if own or any(self.layers[s].site.depthwise for s in schemes) else made
 
@@ -81,13 +84,22 @@ class Probe:
                 rest += ms
         return spent, rest
 
-    def _own(self, name: str, scheme: Scheme | None) -> Tensor:
-        """A site's random weight with the mask that the scheme makes of its own."""
+    def _heard(self, schemes: Mapping[str, Scheme]) -> dict[str, Tensor]:
+        """site -> which kernels count without the filters that go (as when methods choose); none where none go."""
+        pruned = {name: scheme for name, scheme in schemes.items() if any(map(filters, scheme.rules))}
+        own = {name: self.graph.tensors[name].detach() for name in pruned}
+        cut = {name: scheme.project(own[name], self.layers[name].site.conv_groups) for name, scheme in pruned.items()}
+        return needed(self.graph, cut) if cut else {}
+
+    def _own(self, name: str, scheme: Scheme | None, heard: Tensor | None) -> Tensor:
+        """A site's random weight with the mask that the scheme makes of its own, and of its `heard` kernels first."""
         if scheme is None:
             return self._weight(name, None)
         site = self.layers[name].site
         count = stripes(site)
         own = self.graph.tensors[name].detach()[::count].float().cpu()  # as many rows as a stripe has
+        if heard is not None and not any(map(filters, scheme.rules)):
+            own = masked(own, heard[::count].reshape(*own.shape[:2], *[1] * (own.ndim - 2)))
         keep = scheme.project(own, site.conv_groups) != 0
         fan_in = max(1.0, math.prod(site.shape[1:]) * float(keep.float().mean()))
         return repeated(masked(self._stripe(site), keep).mul_(math.sqrt(2.0 / fan_in)), count)

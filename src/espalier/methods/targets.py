@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from espalier.errors import MethodError
-from espalier.graph import Graph, couplings
+from espalier.graph import Graph, couplings, needed
 from espalier.sparsity import CATALOG, Frozen, Rule, Scheme, Zero
 
 FILTER = CATALOG["filter"].pattern
@@ -22,6 +22,7 @@ class Target:
     positions: output positions per sample, so that a weight costs as many multiply-accumulates.
     scale: the weight of the batch norm that reads the filters, where there is one.
     rows: for each filter the number of its coupling, where other targets prune filters of it too; else None.
+    graph: that the weight belongs to.
     """
 
     site: str
@@ -31,6 +32,7 @@ class Target:
     positions: int = 1
     scale: Tensor | None = None
     rows: Tensor | None = None
+    graph: Graph | None = field(default=None, repr=False, compare=False)
 
     def lanes(self) -> list[Lane]:
         """The rules of the scheme, each at work on this weight."""
@@ -102,7 +104,7 @@ def targets(graph: Graph, schemes: Mapping[str, Scheme]) -> list[Target]:
             raise MethodError(f"{site} is a buffer, not a parameter: leave it out of the plan")
         facts = sites[site]
         fitted = scheme.fit(weight, facts.conv_groups)
-        made.append(Target(site, weight, fitted, facts.conv_groups, facts.positions, scales.get(site)))
+        made.append(Target(site, weight, fitted, facts.conv_groups, facts.positions, scales.get(site), graph=graph))
     return _coupled(graph, made)
 
 
@@ -124,7 +126,7 @@ def judged(targets: Sequence[Target], tensors: Mapping[str, Tensor], r: int) -> 
     the same for all, so that each layer keeps the first of one ranking.
     """
     made = {t.site: tensors[t.site] for t in targets if r < len(t.scheme.rules)}
-    joint = [t for t in targets if t.rows is not None and r < len(t.scheme.rules) and _filters(t.scheme.rules[r])]
+    joint = [t for t in targets if t.rows is not None and r < len(t.scheme.rules) and filters(t.scheme.rules[r])]
     if not joint:
         return made
     count = 1 + max(int(t.rows.max()) for t in joint if t.rows is not None)
@@ -151,27 +153,73 @@ def freeze(
     found: site -> for every rule that had no density to keep the groups that live (bool ``[groups]``), else None.
     schemes: site -> another scheme than the target's, with the same rules at other densities (on the way there).
     """
-    depth = max((len(t.scheme.rules) for t in targets), default=0)
+    asked = {t.site: schemes[t.site] if schemes else t.scheme for t in targets}
+    alive = {t.site: _alive(t, (found or {}).get(t.site, [])) for t in targets}
+    scores = _scores(targets, by)
+    made = {t.site: _frozen(t, asked[t.site], alive[t.site], scores[t.site]) for t in targets}
+    heard = _heard(targets, made)
+    again = [t for t in targets if t.site in heard]
+    return made | {t.site: _frozen(t, asked[t.site], alive[t.site], scores[t.site], heard[t.site]) for t in again}
+
+
+def _scores(targets: Sequence[Target], by: Mapping[str, Sequence[Tensor]] | None) -> dict[str, list[Tensor | None]]:
+    """site -> for every rule what it chooses by; None for the weight itself."""
     weights = {t.site: t.weight.detach() for t in targets}
     chosen: dict[str, list[Tensor | None]] = {t.site: [] for t in targets}
-    for r in range(depth):
+    for r in range(max((len(t.scheme.rules) for t in targets), default=0)):
         here = {t.site: by[t.site][r] if by else weights[t.site] for t in targets if r < len(t.scheme.rules)}
         for site, scores in judged([t for t in targets if t.site in here], here, r).items():
             chosen[site].append(None if scores is weights[site] else scores)
-    made = {}
-    for target in targets:
-        alive = torch.ones_like(target.weight, dtype=torch.bool)
-        for lane, living in zip(target.lanes(), (found or {}).get(target.site, [])):
-            if living is not None:
-                alive &= lane.spread(living)
-        masked = [s if s is None else s.masked_fill(~alive, 0) for s in chosen[target.site]]
-        scheme = schemes[target.site] if schemes else target.scheme
-        frozen = scheme.freeze(weights[target.site].masked_fill(~alive, 0), target.conv_groups, masked)
-        made[target.site] = replace(frozen, mask=frozen.mask & alive)
-    return made
+    return chosen
 
 
-def _filters(rule: Rule) -> bool:
+def _frozen(
+    target: Target, scheme: Scheme, alive: Tensor, scores: Sequence[Tensor | None], heard: Tensor | None = None
+) -> Frozen:
+    """The support of one target inside of what is `alive`. heard: what to keep first, but for whole filters."""
+    weight, by = target.weight.detach().masked_fill(~alive, 0), list[Tensor | None]()
+    for rule, given in zip(scheme.rules, scores):
+        judging = given if given is None else given.masked_fill(~alive, 0)
+        if heard is not None and not filters(rule):
+            judging = (weight if judging is None else judging).masked_fill(~heard, 0)
+        by.append(judging)
+    frozen = scheme.freeze(weight, target.conv_groups, by)
+    return replace(frozen, mask=frozen.mask & alive)
+
+
+def _alive(target: Target, found: Sequence[Tensor | None]) -> Tensor:
+    """What a method that finds densities left alive, shape of the weight."""
+    alive = torch.ones_like(target.weight, dtype=torch.bool)
+    for lane, living in zip(target.lanes(), found):
+        if living is not None:
+            alive &= lane.spread(living)
+    return alive
+
+
+def _heard(targets: Sequence[Target], made: Mapping[str, Frozen]) -> dict[str, Tensor]:
+    """site -> which entries of its weight count without the filters that are pruned; only of those that lose some.
+
+    A layer loses with its neighbours' filters what reads them, and with a depthwise conv's what makes them. Chosen on
+    its own it would keep much of that, and a network with few channels left would die.
+    """
+    cut, weights = {}, {t.site: t.weight.detach() for t in targets}
+    for t in targets:
+        if any(map(filters, t.scheme.rules)):
+            dead = ~made[t.site].mask.flatten(1).any(1)
+            cut[t.site] = weights[t.site].masked_fill(dead.reshape(-1, *[1] * (t.weight.ndim - 1)), 0)
+    graph = next((t.graph for t in targets if t.graph is not None), None)
+    if not cut or graph is None:
+        return {}
+    kernels = {site: mask for site, mask in needed(graph, cut).items() if site in weights and not bool(mask.all())}
+    return {site: _entries(mask, weights[site]) for site, mask in kernels.items()}
+
+
+def _entries(kernels: Tensor, weight: Tensor) -> Tensor:
+    """``[outputs, inputs]`` -> shape of the weight."""
+    return kernels.to(weight.device).reshape(*kernels.shape, *[1] * (weight.ndim - 2)).expand_as(weight)
+
+
+def filters(rule: Rule) -> bool:
     return rule.structure.pattern == FILTER
 
 
@@ -188,7 +236,7 @@ def _scales(graph: Graph) -> dict[str, Tensor]:
 
 def _coupled(graph: Graph, made: list[Target]) -> list[Target]:
     """The targets with `rows` where filters of several are coupled."""
-    prune = [t for t in made if any(_filters(rule) and rule.free < 1 for rule in t.scheme.rules)]
+    prune = [t for t in made if any(filters(rule) and rule.free < 1 for rule in t.scheme.rules)]
     if len(prune) < 2:
         return made
     found = couplings(graph)
