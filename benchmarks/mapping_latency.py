@@ -106,6 +106,7 @@ def facts(model: LatencyModel, found: Proposal, speedup: float, ms: dict[str, li
     return {
         "measured": got,
         "gap": got / speedup - 1,
+        "verified": found.measured_speedup,  # when the plan was made
         "density": sum(c.density * model.layers[s].site.weights for s, c in found.choices.items()) / whole,
         "median_ms": medians,
         "quartiles_ms": {key: np.quantile(values, [0.25, 0.75]).tolist() for key, values in ms.items()},
