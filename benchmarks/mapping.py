@@ -41,7 +41,7 @@ from espalier.mapping.damage import Damage
 from espalier.mapping.picture import draw_front
 from espalier.mapping.rules import Rule
 from espalier.methods import get
-from espalier.planning import SHORT, OneShot, on_split
+from espalier.planning import SHORT, OneShot, begun, on_split
 from espalier.runtime import rival
 from espalier.sparsity import Entry
 from espalier.train import Data, Recipe, build, evaluate, load_data, load_weights, seed_everything
@@ -142,17 +142,20 @@ def by_rule(setting: Setting, speedup: float) -> es.mapping.Proposal:
     )
 
 
+def kept_rule(setting: Setting, speedup: float) -> tuple[es.Plan, float]:
+    """The rule's plan, made once, and what the table should say of others that are as fast."""
+    return begun(Path(setting.arguments.out) / "rule.json", f"{speedup:g}x", lambda: by_rule(setting, speedup))
+
+
 def by_search(setting: Setting, speedup: float) -> es.Plan:
     """The best plan of a policy-gradient search that begins at the rule's plan; its trials serve every speedup."""
     a = setting.arguments
-    rule = by_rule(setting, speedup)
-    limit = rule.limit_ms
-    assert limit is not None  # a speedup was asked
-    space = space_of(setting.latency)
+    plan, limit = kept_rule(setting, speedup)
+    space = space_of(setting.latency, Damage(setting.graph.tensors, setting.latency.layers))
     recipe = dataclasses.replace(SHORT, precision=a.precision)
     file, folder = Path(a.out) / f"trials_{space.name}.jsonl", str(Path(a.data).resolve())
     score = OneShot("resnet20", "cifar10", str(Path(a.weights).resolve()), folder, 1, a.trial_images, recipe, NORM)
-    start = space.nearest(rule.plan.resolve(setting.graph.sites()), limit)
+    start = space.nearest(plan.resolve(setting.graph.sites()), limit)
 
     def told(trial: Trial) -> None:
         print(f"  {trial.source} {trial.number}: {trial.accuracy:.2f} % at {trial.latency_ms:.4g} ms", flush=True)
@@ -172,7 +175,7 @@ def made_plans(setting: Setting, speedups: list[float], work: Workspace) -> dict
         title: (lambda speedup, label=label: uniform(setting, label, speedup)) for title, label in UNIFORM.items()
     }
     makers |= {
-        RULE: lambda speedup: by_rule(setting, speedup).plan,
+        RULE: lambda speedup: kept_rule(setting, speedup)[0],
         SEARCH: lambda speedup: by_search(setting, speedup),
     }
     file = work.path / "plans.json"
@@ -206,6 +209,8 @@ def forget(titles: list[str], a: argparse.Namespace) -> None:
     for title in titles:
         for old in folder.glob(f"{_plain(title)}_*"):
             shutil.rmtree(old)
+    if RULE in titles:
+        (folder / "rule.json").unlink(missing_ok=True)
 
 
 # -- training ---------------------------------------------------------------------------------------

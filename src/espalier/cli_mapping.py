@@ -41,9 +41,10 @@ from espalier.mapping import (
     study,
 )
 from espalier.mapping.candidates import find
+from espalier.mapping.damage import Damage
 from espalier.mapping.picture import draw_sensitivity, draw_trials
 from espalier.mapping.search import FINALISTS
-from espalier.planning import QUICK_IMAGES, SHORT, OneShot, on_split, print_proposal
+from espalier.planning import QUICK_IMAGES, SHORT, OneShot, begun, on_split, print_proposal
 from espalier.report import screen, tell
 from espalier.sparsity import Plan
 from espalier.train import Data, Recipe, build, example_shape, load_data, load_weights
@@ -191,23 +192,22 @@ def search_command(
         recipe: how a trial retrains
     """
     console, targets = screen(), Targets(speedup, latency_ms)
+    say = _teller(console)
     network, loaded, example = _scorable("search", model, data, data_root, weights)
-    latency = latency_model(capture(network, example), threads=threads, tell=_teller(console))
-    rule = propose(
-        network, example, targets, evaluate=on_split(loaded.holdout, QUICK_IMAGES), threads=threads, latency=latency
-    )
-    asked, limit = targets.limits(rule.dense)["latency_ms"], rule.limit_ms
-    assert limit is not None  # a latency was asked
-    tell(
-        console,
-        f"reachable: {rule.dense.latency_ms:.4g} .. {rule.least.latency_ms:.4g} ms; asked: {asked:.4g} ms, "
-        f"which is {limit:.4g} ms by the table",
-    )
-    space = space_of(latency)
-    start = space.nearest(rule.plan.resolve(capture(network, example).sites()), limit)
+    graph = capture(network, example)
+    latency = latency_model(graph, threads=threads, tell=say)
+    folder, space = Path(out), space_of(latency, Damage(graph.tensors, latency.layers))
+
+    def by_rule() -> Proposal:
+        scored = on_split(loaded.holdout, QUICK_IMAGES)
+        return propose(network, example, targets, evaluate=scored, threads=threads, latency=latency, tell=say)
+
+    asked = " ".join(f"{name} {value:g}" for name, value in targets.told().items())
+    plan, limit = begun(folder / "rule.json", f"{model} {weights or ''} {asked} on {threads} threads", by_rule)
+    say(f"asked: {asked}, which is {limit:.4g} ms by the table")
+    start = space.nearest(plan.resolve(graph.sites()), limit)
     root = None if data_root is None else str(Path(data_root).resolve())
     score = OneShot(model, data, weights and str(Path(weights).resolve()), root, epochs, images, recipe or SHORT)
-    folder = Path(out)
     told = _trial_teller(console)
     with _workers(workers, ray_address) as where:
         shared: dict[str, Any] = {"start": start, "workers": where, "tell": told}

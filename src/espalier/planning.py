@@ -127,6 +127,41 @@ def planned(
     return Plan.from_toml(state["toml"], "the plan of this run"), json.loads(state["facts"])
 
 
+def begun(file: str | Path, asked: str, make: Callable[[], Proposal]) -> tuple[Plan, float]:
+    """Where a search begins: the rule's plan for a latency, and the milliseconds that the table should say of plans.
+
+    Both are measured, so made again they would be others, and the search another: they are made once for each thing
+    that is `asked`, and kept in `file`. Raises DataError for a file that holds something else.
+    """
+    path = Path(file)
+    held = _starts(path)
+    if asked not in held:
+        found = make()
+        if found.limit_ms is None:
+            raise DataError("a search needs a latency to aim at: give --speedup or --latency-ms")
+        held[asked] = found.plan, found.limit_ms
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(path.name + ".part")
+            rows = {name: {"limit_ms": limit, "toml": plan.to_toml()} for name, (plan, limit) in held.items()}
+            part.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+            part.replace(path)
+        except OSError as error:
+            raise DataError(f"{path}: where the search begins cannot be kept there: {error.strerror}") from error
+    return held[asked]
+
+
+def _starts(path: Path) -> dict[str, tuple[Plan, float]]:
+    """What stands in the file of `begun`."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return {name: (Plan.from_toml(row["toml"], str(path)), float(row["limit_ms"])) for name, row in rows.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is not what a search wrote there ({error}): remove it, or give another --out"
+        ) from None
+
+
 def facts(found: Proposal) -> dict[str, Any]:
     """A proposal for report.json."""
     return {

@@ -127,6 +127,23 @@ def test_search_goes_on_where_it_was(weights: Path, tmp_path: Path) -> None:
     assert es.Plan.load(tmp_path / "plan.toml").entries and (tmp_path / "front.png").exists()
 
 
+def test_a_search_begins_again_where_it_began(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the rule's plan is measured at is never the same twice: it is kept, and no trial is made again."""
+    asked = ["search", "lenet_digits", "--data", "digits", "--weights", str(weights), "--speedup", "1.05"]
+    asked += ["--images", "200", "--finalists", "0", "--trials", "2", "--out", str(tmp_path)]
+    assert main(asked) == 0
+    trials, start = (tmp_path / "trials.jsonl").read_bytes(), (tmp_path / "rule.json").read_bytes()
+    assert main(asked) == 0
+    assert (tmp_path / "trials.jsonl").read_bytes() == trials and (tmp_path / "rule.json").read_bytes() == start
+    assert main([*asked, "--speedup", "1.1"]) == 0 and len(json.loads((tmp_path / "rule.json").read_text())) == 2
+    (tmp_path / "rule.json").write_text('{"x": 3}')
+    capsys.readouterr()
+    assert main(asked) == 2 and "rule.json is not what a search wrote" in capsys.readouterr().err
+    assert main([*asked[:-1], str(tmp_path / "new"), "--speedup", "1e-3"]) == 2
+
+
 def test_a_trial_scores_what_it_prunes(weights: Path) -> None:
     score = OneShot("lenet_digits", "digits", str(weights), epochs=0)
     whole, empty = score(es.Plan(())), score(es.Plan.of({"conv2": es.scheme("column", 0.01)}))

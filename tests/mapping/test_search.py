@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -80,14 +81,40 @@ def test_it_is_at_least_as_good_as_where_it_starts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("among", [12, 300])
 def test_it_begins_near_its_start_however_much_there_is_to_choose(among: int, tmp_path: Path) -> None:
-    options = (Option(None, 1.0, 3.0), *(Option("weight", 0.5, 0.5 + 2 * k / among) for k in range(among)))
+    """What it tries takes what was asked, and loses little more than where it starts; what is worse is hardly tried."""
+    at = np.linspace(0.05, 0.9, among)
+    good = [Option("column", float(d), 0.2 + 2 * float(d), float((1 - d) ** 2)) for d in at]
+    poor = [Option("filter", float(d), 0.2 + 2 * float(d), float(1 - d**2)) for d in at]
+    options = (Option(None, 1.0, 3.0, 0.0), *good, *poor)
     space = Space(tuple("abcdefghij"), (options,) * 10, 0.0)
-    start, limit = (1 + among // 3,) * 10, space.latency_ms((1 + among // 3,) * 10)
-    search(space, lambda plan: 50.0, tmp_path / "t.jsonl", limit_ms=limit, trials=8, start=start)
-    trials = Log(tmp_path / "t.jsonl", space.name).trials[1:]
-    changed = np.array([[a != b for a, b in zip(t.picked, start)] for t in trials])
-    assert 0.05 < changed.mean() < 0.4
-    assert np.median([abs(t.latency_ms / limit - 1) for t in trials]) < 0.15
+    start = (1 + among // 3,) * 10
+    limit = space.latency_ms(start)
+
+    def lost(picked: Sequence[int]) -> float:
+        return sum(options[k].damage for k in picked)
+
+    search(space, lambda plan: 50.0, tmp_path / "t.jsonl", limit_ms=limit, trials=24, start=start)
+    trials = Log(tmp_path / "t.jsonl", space.name).trials
+    assert trials[0].picked == start and len({t.picked for t in trials}) > 20
+    assert all(0.9 * limit < t.latency_ms <= limit + 1e-9 for t in trials)
+    assert np.median([lost(t.picked) for t in trials]) < 1.25 * lost(start) < lost([k + among for k in start])
+    assert np.mean([k > among for t in trials for k in t.picked]) < 0.15
+
+
+def test_the_policy_learns_which_layers_are_sensitive(tmp_path: Path) -> None:
+    """All lose equally much by the table, but the network suffers from the first three only; scores are noisy."""
+    at = np.geomspace(0.9, 0.05, 24)
+    options = (Option(None, 1.0, 1.0), *(Option("column", float(d), 0.1 + 0.9 * d, float((1 - d) ** 2)) for d in at))
+    space, noise = Space(tuple("abcdef"), (options,) * 6, 0.0), np.random.default_rng(0)
+
+    def score(plan: es.Plan) -> float:
+        density = {e.match: e.scheme.density if e.scheme else 1.0 for e in plan.entries}
+        return 90 - sum(4 * (1 - density[s]) ** 2 for s in "abc") + float(noise.normal(0, 0.3))
+
+    start = (12,) * 6
+    found = search(space, score, tmp_path / "t.jsonl", limit_ms=space.latency_ms(start), trials=96, start=start)
+    kept = [options[k].density for k in found.picked]
+    assert np.mean(kept[:3]) > 1.3 * options[12].density > 1.6 * np.mean(kept[3:])
 
 
 def test_the_finalists_meet_again_under_a_better_score(tmp_path: Path) -> None:
@@ -121,6 +148,22 @@ def test_a_plan_becomes_a_choice_that_keeps_to_the_limit() -> None:
     assert space.nearest(schemes) == [1, 2] and space.latency_ms([1, 2]) == pytest.approx(0.9)
     assert space.nearest(schemes, 0.85) == [1, 3] and space.nearest(schemes, 0.65) == [2, 3]
     assert space.nearest(schemes, 0.01) == [3, 3] and space.nearest({"a": es.scheme("filter", 0.3)}) == [0, 0]
+
+
+def test_a_choice_is_brought_to_a_latency() -> None:
+    """All its layers alike, and no further than it keeps to the limit; what has one density only stays."""
+    densities = (0.8, 0.4, 0.2, 0.1)
+    options = (Option(None, 1.0, 1.0), *(Option("column", d, d) for d in densities), Option("weight", 0.5, 0.7))
+    space = Space(tuple("abc"), (options,) * 3, 0.1)
+    assert space.fitted((1, 1, 5), 1.5) == (3, 2, 5) and space.latency_ms((3, 2, 5)) == pytest.approx(1.4)
+    assert space.fitted((4, 4, 5), 3.0) == (1, 1, 5) and space.fitted((0, 0, 0), 1.0) == (0, 0, 0)
+    assert space.fitted((1, 1, 1), 0.01) == (4, 4, 4)
+    for limit in (0.5, 0.91, 1.31, 2.01):
+        for picked in ((1, 1, 1), (4, 1, 2), (4, 4, 4)):
+            fit = space.fitted(picked, limit)
+            assert space.latency_ms(fit) <= limit and fit == space.fitted(fit, limit)
+            raised = [k for k in range(3) if fit[k] > 1]  # nothing more would fit
+            assert all(space.latency_ms([f - (j == k) for j, f in enumerate(fit)]) > limit - 1e-9 for k in raised)
 
 
 def test_a_finished_search_serves_another_target(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from espalier.compiler.blocks import choosing
 from espalier.graph.ir import Graph
 from espalier.mapping.stripes import packed_once
-from espalier.runtime import compile
+from espalier.runtime import compile, dump, restore
 from espalier.runtime.bound import Bound
 from espalier.runtime.executable import Executable
 
@@ -25,7 +25,7 @@ LEAST, SECONDS = 5, 0.1
 SHARED_LEAST, SHARED_SECONDS = 24, 1.5
 SLOW = 0.03  # seconds of one run: what disturbs is small beside it, so half as many turns tell as much
 # How a small program's weights and activations happen to lie in memory makes it some 3 % faster or slower, for as long
-# as it lives (seen on ResNet-20). Where few are timed, each is compiled several times and counts by its median.
+# as it lives (seen on ResNet-20). Where few are timed, each is loaded several times and counts by its median.
 FEW, COPIES, SMALL = 2, 5, 4_000_000
 TURN = 0.01  # as in `bench`: a large network's weights take some runs to settle in the caches
 COMPILERS, LARGE = 4, 50_000_000  # compiled at once, but for networks of so many numbers
@@ -51,7 +51,7 @@ def engine_clock(graphs: Sequence[Graph], threads: int) -> list[Profile]:
     take longer than `SLOW`: such weights have no such place), and then often enough to fill `TURN` seconds: with whole
     calls timed together, and in the first turns as often with every step timed. With one thread whole calls count in
     processor time, which on a quiet machine is the wall clock's, and on a busy one leaves out the turns that other
-    programs had meanwhile. One or two small networks are compiled several times (see COPIES). A graph that is given
+    programs had meanwhile. One or two small networks are loaded several times (see COPIES). A graph that is given
     again, the very same object, is not compiled again.
     """
     copies = COPIES if len(graphs) <= FEW and all(_numbers(graph) <= SMALL for graph in graphs) else 1
@@ -69,12 +69,13 @@ _KEPT: dict[tuple[int, int, int], list[Executable]] = {}  # by graph, for as lon
 
 
 def _programs(graph: Graph, threads: int, copies: int) -> list[Executable]:
-    """A graph, compiled so many times. Large layers of a `Probe` are packed once for all their stripes."""
+    """A graph compiled, and loaded so many times. Large layers of a `Probe` are packed once for all their stripes."""
     key = id(graph), threads, copies
     if key not in _KEPT:
         with choosing(packed_once):
-            made = [compile(replace(graph), threads=threads) for _ in range(copies)]  # that do not keep `graph` alive
-        _KEPT[key] = made
+            first = compile(replace(graph), threads=threads)  # that does not keep `graph` alive
+        pieces = dump(first) if copies > 1 else []
+        _KEPT[key] = [first, *(restore(first.graph, pieces, threads) for _ in range(copies - 1))]
         weakref.finalize(graph, _KEPT.pop, key, None)
     return _KEPT[key]
 
@@ -84,7 +85,7 @@ def _numbers(graph: Graph) -> int:
 
 
 def _middle(found: Sequence[Profile]) -> Profile:
-    """The median of several compilations of one network."""
+    """The median of several copies of one network."""
     steps = {name: float(np.median([each.steps[name] for each in found])) for name in found[0].steps}
     return Profile(steps, float(np.median([each.whole_ms for each in found])))
 

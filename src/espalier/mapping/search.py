@@ -64,7 +64,9 @@ def search(
     """The best plan for a latency after so many trials of this search (those that stand in `file` already count).
 
     start: a choice that is known to be good, such as the rule's (`space.nearest`): it is tried first, and the policy
-        begins near it. population: trials between two updates of the policy; they may run in parallel.
+        begins near it. What the policy emits is brought to the limit before it is tried (`space.fitted`), so that
+        trials differ in what they lose and not in what they take (our reading).
+    population: trials between two updates of the policy; they may run in parallel.
     workers: where trials run. seed: of the policy and its choices.
 
     Trials of other searches in the file, for another target or by a study, are learnt from before the first one.
@@ -74,21 +76,24 @@ def search(
     >>> plan = space.plan(found.picked)
     """
     log, run = Log(file, space.name), f"policy {limit_ms:.6g} {seed} {population} {price:g}"
-    policy = Policy(space, seed, start)
+    policy = Policy(space, seed, limit_ms, start)
     tried = space.timed(log.trials)
-    known = [t for t in tried if t.run != run]
-    for first in range(0, len(known), population):
-        _learn(policy, known[first : first + population], known[:first], limit_ms, price)
+    learnt = [(t.picked, t.reward(limit_ms, price)) for t in tried if t.run != run]
+    for first in range(0, len(learnt), population):
+        _learn(policy, learnt[first : first + population], learnt[:first])
     done = {t.number: t for t in tried if t.run == run}
     for first in range(0, trials, population):
         numbers = range(first, min(first + population, trials))
-        picked = {n: _pick(policy, seed, n, start) for n in numbers}
-        wanted = [(n, picked[n]) for n in numbers if n not in done]
+        emitted = {n: _pick(policy, seed, n, start) for n in numbers}
+        fitted = {n: picked if n == 0 and start else space.fitted(picked, limit_ms) for n, picked in emitted.items()}
+        wanted = [(n, fitted[n]) for n in numbers if n not in done]
         for trial in _tried(space, score, wanted, "policy", run, workers or Here()):
             log.add(trial)
             done[trial.number] = trial
             tell(trial)
-        _learn(policy, [done[n] for n in numbers], [*known, *(done[n] for n in range(first))], limit_ms, price)
+        batch = [(emitted[n], done[n].reward(limit_ms, price)) for n in numbers]
+        _learn(policy, batch, learnt)
+        learnt += batch
     return best(space.timed(log.trials), limit_ms, price)
 
 
@@ -200,12 +205,15 @@ def _pick(policy: Policy, seed: int, number: int, start: Sequence[int] | None) -
     return policy.sample(torch.Generator().manual_seed(seed * _PRIME + number))
 
 
-def _learn(policy: Policy, trials: Sequence[Trial], before: Sequence[Trial], limit_ms: float, price: float) -> None:
+_Learnt = tuple[tuple[int, ...], float]  # what the policy emitted, and its reward
+
+
+def _learn(policy: Policy, batch: Sequence[_Learnt], before: Sequence[_Learnt]) -> None:
     """One update by a population, and the best of what came before it: what was good is not forgotten (our reading)."""
-    elite = sorted(before, key=lambda t: t.reward(limit_ms, price), reverse=True)[: len(trials) // 2]
-    batch = [*trials, *elite]
-    if len(batch) > 1:
-        policy.learn([t.picked for t in batch], [t.reward(limit_ms, price) for t in batch])
+    elite = sorted(before, key=lambda each: each[1], reverse=True)[: len(batch) // 2]
+    together = [*batch, *elite]
+    if len(together) > 1:
+        policy.learn([picked for picked, _ in together], [reward for _, reward in together])
 
 
 def _tried(

@@ -8,20 +8,26 @@ from dataclasses import dataclass, replace
 
 from espalier.errors import UnknownNameError
 from espalier.mapping.candidates import find
+from espalier.mapping.damage import Damage
 from espalier.mapping.latency import LatencyModel, label_of
+from espalier.mapping.rules import DENSITIES
 from espalier.mapping.trials import Trial
 from espalier.sparsity import Entry, Plan, Scheme
-
-DENSITIES = (0.7, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.07, 0.05)
 
 
 @dataclass(frozen=True)
 class Option:
-    """One choice for one layer; label None is dense."""
+    """One choice for one layer; label None is dense. loses: its damage (see `damage`); None where nothing is known."""
 
     label: str | None
     density: float
     ms: float
+    loses: float | None = None
+
+    @property
+    def damage(self) -> float:
+        """What it loses; where nothing is known, its share of the weights."""
+        return 1 - self.density if self.loses is None else self.loses
 
     def scheme(self) -> Scheme | None:
         """The scheme of this choice; None for dense."""
@@ -78,20 +84,49 @@ class Space:
             picked[at] = lower
         return picked
 
+    def fitted(self, picked: Sequence[int], limit_ms: float) -> tuple[int, ...]:
+        """The choice with its schemes, brought to a latency: the densities of all layers go down step by step until it
+        keeps to the limit, and up while it leaves room.
+
+        So choices of schemes and of how densities relate are compared at one latency.
+        """
+        fit, limit_ms = list(picked), limit_ms * (1 - 1e-9)  # sums in another order round otherwise
+        for step, down in ((self._lower, True), (self._higher, False)):
+            total, moved = self.latency_ms(fit), True
+            while moved:
+                moved = False
+                for site, k in enumerate(fit):
+                    other = step(site, k)
+                    after = total + self.options[site][other].ms - self.options[site][k].ms
+                    if other and (total > limit_ms if down else after <= limit_ms):
+                        fit[site], total, moved = other, after, True
+        return tuple(fit)
+
     def _lower(self, site: int, k: int) -> int:
         """The option of the same scheme with the next lower density, 0 where there is none."""
         each, now = self.options[site], self.options[site][k]
         below = [j for j, o in enumerate(each) if o.label == now.label and o.density < now.density and o.ms < now.ms]
         return max(below, key=lambda j: each[j].density, default=0)
 
+    def _higher(self, site: int, k: int) -> int:
+        """The option of the same scheme with the next higher density, 0 where there is none."""
+        each, now = self.options[site], self.options[site][k]
+        above = [j for j, o in enumerate(each) if o.label == now.label and o.density > now.density]
+        return min(above, key=lambda j: each[j].density, default=0)
+
 
 def space_of(
-    model: LatencyModel, *, densities: Sequence[float] = DENSITIES, schemes: Sequence[str] | None = None
+    model: LatencyModel,
+    damage: Damage | None = None,
+    *,
+    densities: Sequence[float] = DENSITIES,
+    schemes: Sequence[str] | None = None,
 ) -> Space:
     """Every candidate that the latency model knows, at several densities: also those that are slower than dense, since
     what can be chosen must not depend on a measurement (trials belong to it).
 
-    schemes: labels to keep to. Raises UnknownNameError for one that no ladder has.
+    damage: of the network's weights, where a policy should begin with what loses least. densities: all that the rule
+    may give by default. schemes: labels to keep to. Raises UnknownNameError for one that no ladder has.
     """
     for label in schemes or ():
         if label not in {known for _, known in model.curves}:
@@ -103,6 +138,7 @@ def space_of(
             if schemes is None or label in schemes:
                 top = find(label).ceiling
                 for density in sorted({min(d, top) for d in densities}, reverse=True):
-                    each.append(Option(label, density, model.layer_ms(site, label, density)))
+                    lost = None if damage is None else damage(site, find(label), density)
+                    each.append(Option(label, density, model.layer_ms(site, label, density), lost))
         options.append(tuple(each))
     return Space(tuple(model.layers), tuple(options), model.fixed_ms)
