@@ -136,6 +136,12 @@ static void mask_margins(spots *at, const esp_step *s, int64_t first, int count)
     for (int v = 0; v < count; v++) at->pixels[v] = lanes_of(bits[v]);
 }
 
+/* Whether pixels worked on as one run have side margins between them, to be stored as zeros. */
+static bool masks(const esp_step *s)
+{
+    return s->margins && s->out.size[2] > 1 && s->out.stride[2] > s->out.size[3];
+}
+
 /* `count` units in the only segment, counted from its pixel `first`. */
 ESP_INLINE void flat_spots(spots *at, const esp_step *s, const cut *c, int64_t first, int count)
 {
@@ -147,7 +153,7 @@ ESP_INLINE void flat_spots(spots *at, const esp_step *s, const cut *c, int64_t f
     at->run = true;
     at->plain = left >= ESP_WIDTH;
     if (!at->plain) at->lanes[count - 1] = at->stored[count - 1] = (int)left;
-    at->masked = s->margins && s->out.size[2] > 1 && s->out.stride[2] > s->out.size[3];
+    at->masked = masks(s);
     if (at->masked) mask_margins(at, s, first, count);
     at->sided = c->sided;
     if (!at->sided) return;
@@ -205,15 +211,28 @@ static void run_blocks(const block *b, int64_t first, int64_t upto, const tile_f
     const esp_step *s = b->step;
     const int64_t count = divide_up(end - begin, widest / c->vectors), narrow = (end - begin) / count,
                   wider = (end - begin) % count;
-    int64_t segment = begin / c->per_segment, vector = begin % c->per_segment;
+    const bool flat = c->per_segment == c->units, masked = masks(s);
+    int64_t segment = begin / c->per_segment, vector = begin % c->per_segment, pixel = begin * c->vectors * ESP_WIDTH;
+    int known = 0; /* of so many whole vectors in a row `at` is: most tiles differ in nothing but where they begin */
+    block moved = *b;
     spots at;
     for (int64_t t = 0; t < count; t++) {
         const int wide = ((int)narrow + (t < wider)) * c->vectors;
-        if (c->per_segment == c->units)
-            flat_spots(&at, s, c, (begin + t * narrow + (t < wider ? t : wider)) * c->vectors * ESP_WIDTH, wide);
-        else
+        const int64_t behind = pixel + wide * ESP_WIDTH;
+        const bool whole = flat && !masked && behind <= s->param[CONV_LENGTH];
+        if (whole) {
+            if (wide != known) flat_spots(&at, s, c, 0, wide);
+            moved.in = b->in + pixel;
+            moved.out = b->out + pixel;
+            if (b->residual) moved.residual = b->residual + pixel;
+        } else if (flat) {
+            flat_spots(&at, s, c, pixel, wide);
+        } else {
             next_spots(&at, s, c, &segment, &vector, wide);
-        tiles[wide - 1](b, first, upto, &at);
+        }
+        known = whole ? wide : 0;
+        pixel = behind;
+        tiles[wide - 1](whole ? &moved : b, first, upto, &at);
     }
     for (int64_t r = first * b->height; r < upto * b->height && s->margins; r++)
         if (s->rows[r] >= 0) zero_margins(s, c, b->out, s->rows[r], begin, end);

@@ -19,4 +19,12 @@ ESP_INLINE reach reach_of(int64_t at, int64_t width)
     return (reach){at, lanes_between((int)low, (int)high)};
 }
 
+/* Of the places at, at + step, at + 2 * step, ... those in a row of `width`. */
+ESP_INLINE lanes reach_by(int64_t at, int step, int64_t width)
+{
+    const int64_t low = at < 0 ? (step - 1 - at) / step : 0, high = at < width ? (width - at + step - 1) / step : 0;
+    if (low >= high || low > ESP_WIDTH) return lanes_between(0, 0);
+    return lanes_between((int)low, high < ESP_WIDTH ? (int)high : ESP_WIDTH);
+}
+
 #endif

@@ -125,6 +125,16 @@ ESP_INLINE vec choose_lanes(lanes which, vec a, vec b)
 #endif
 }
 
+/* sum + a * b in some lanes; the others stay as they are, whatever stands in b */
+ESP_INLINE vec add_product(lanes which, vec sum, vec a, vec b)
+{
+#if ESP_WIDTH == 16
+    return (vec)_mm512_mask3_fmadd_ps((__m512)a, (__m512)b, (__m512)sum, which);
+#else
+    return sum + a * choose_lanes(which, b, (vec){0});
+#endif
+}
+
 /* lanes 0, 2, 4, ... and 1, 3, 5, ... of a and b behind one another */
 #if ESP_WIDTH == 16
 ESP_INLINE vec even(vec a, vec b)
