@@ -18,7 +18,7 @@ from espalier.compiler.window import is_depthwise
 from espalier.graph.ir import Graph, Node, Value
 
 LARGE_BYTES = 1 << 16  # of a tensor for one sample, from which it is split
-GROUP_BYTES = 1 << 16  # of one group: little more than the nearest cache, in few steps
+GROUP_BYTES = 1 << 15  # of one group: a good part of the nearest cache
 _UNIT = 8  # channels: groups keep blocks of rows whole
 _THREADS = 4  # of which a few should be able to share the groups evenly
 

@@ -145,7 +145,7 @@ def _temperature(cost: Tensor, entropy: float) -> float:
         return -float((p * p.clamp_min(1e-300).log()).sum())
 
     worst = float(cost.masked_fill(cost.isinf(), 0.0).max())
-    low, high = _COLDEST * worst, 1e9
+    low, high = max(_COLDEST * worst, 1e-12), 1e9
     for _ in range(80):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if reached(middle) >= entropy else (middle, high)
