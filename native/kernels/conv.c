@@ -10,8 +10,12 @@
  * is written to a plane of its own: so few streams that prefetchers follow them. */
 enum { GROUP_FLOATS = 4096, GROUP_ROWS = 16 };
 
-/* The sums of all columns; the vectors lie one behind the other (run), or anywhere. */
-ESP_INLINE void sum_up(const int M, const int V, const bool run, const block *b, const spots *at, vec acc[8][8])
+enum { LONE_ROWS = ESP_WIDTH == 16 ? 8 : 0 }; /* of tiles that take a lone pixel with them */
+
+/* The sums of all columns; the vectors lie one behind the other (run), or anywhere. lone: NULL, or the sums of the lone
+ * pixel, whose M rows share a vector. */
+ESP_INLINE void sum_up(
+    const int M, const int V, const bool run, const block *b, const spots *at, vec acc[8][8], vec *lone)
 {
     const float *in = b->in + at->in[0], *values = b->values;
     const int32_t *index = b->index;
@@ -19,9 +23,12 @@ ESP_INLINE void sum_up(const int M, const int V, const bool run, const block *b,
     int64_t apart[8];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) apart[v] = run ? v * ESP_WIDTH : at->in[v] - at->in[0];
+    const int64_t alone = lone ? at->lone - at->in[0] : 0;
+    vec last = lone ? *lone : (vec){0};
     for (int64_t j = 0; j < columns; j++, values += height) {
         const float *x = in + index[j];
         vec pixels[8];
+        if (lone) last += load(values) * splat(x[alone]);
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) pixels[v] = load(x + apart[v]);
 #pragma GCC unroll 8
@@ -31,6 +38,7 @@ ESP_INLINE void sum_up(const int M, const int V, const bool run, const block *b,
             for (int v = 0; v < V; v++) acc[m][v] += w * pixels[v];
         }
     }
+    if (lone) *lone = last;
 }
 
 /* M rows of one block at V vectors of pixels. */
@@ -44,10 +52,17 @@ ESP_INLINE void tile_rows(const int M, const int V, const block *b, const spots 
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) acc[m][v] = splat(first);
     }
-    if (V > 3 && at->run)
-        sum_up(M, V, true, b, at, acc);
-    else
-        sum_up(M, V, false, b, at, acc);
+    if (M == LONE_ROWS && at->lone) {
+        vec lone = {0};
+        for (int m = 0; m < M && bias; m++)
+            if (b->rows[m] >= 0) lone[m] = bias[b->rows[m]];
+        sum_up(M, V, false, b, at, acc, &lone);
+        finish_lone(b, M, lone, at->lone, low, high);
+    } else if (V > 3 && at->run) {
+        sum_up(M, V, true, b, at, acc, NULL);
+    } else {
+        sum_up(M, V, false, b, at, acc, NULL);
+    }
 #define FINISH(CLAMP, HOW) \
     do { \
         if (b->residual) \
@@ -108,9 +123,11 @@ static const tile_function tiles_2[] = {
     tile_2_1, tile_2_2, tile_2_3, tile_2_4, tile_2_5, tile_2_6, tile_2_7, tile_2_8};
 static const tile_function tiles_4[] = {tile_4_1, tile_4_2, tile_4_3, tile_4_4, tile_4_5, tile_4_6};
 static const tile_function tiles_8[] = {tile_8_1, tile_8_2, tile_8_3};
+static const tile_function *const lone_tiles = tiles_8;
 #else
 static const tile_function tiles_2[] = {tile_2_1, tile_2_2, tile_2_3, tile_2_4, tile_2_5};
 static const tile_function tiles_4[] = {tile_4_1, tile_4_2, tile_4_3};
+static const tile_function *const lone_tiles = NULL;
 #endif
 
 /* How a step is cut: its units, which are vectors of its pixels or pairs of them, into chunks. */
@@ -151,6 +168,7 @@ ESP_INLINE void flat_spots(spots *at, const esp_step *s, const cut *c, int64_t f
         at->lanes[v] = at->stored[v] = ESP_WIDTH;
     }
     at->run = true;
+    at->lone = 0;
     at->plain = left >= ESP_WIDTH;
     if (!at->plain) at->lanes[count - 1] = at->stored[count - 1] = (int)left;
     at->masked = masks(s);
@@ -169,6 +187,7 @@ ESP_INLINE void next_spots(spots *at, const esp_step *s, const cut *c, int64_t *
     const int64_t *p = s->param;
     at->run = at->plain = at->masked = false;
     at->sided = 0;
+    at->lone = 0;
     for (int v = 0; v < count; v++) {
         const int64_t pixel = *vector * ESP_WIDTH, left = p[CONV_LENGTH] - pixel;
         at->in[v] = *segment * p[CONV_IN_STRIDE] + pixel;
@@ -203,14 +222,23 @@ static void zero_margins(const esp_step *s, const cut *c, float *out, int64_t ro
             zero_margin(s, out, row, y);
 }
 
+/* The last pixel of an image, where it would have a vector to itself, and tiles before it and tiles' sums have room for
+ * it: 7 x 7 pixels are three vectors and one. Else 0. */
+static int64_t lone_pixel(const esp_step *s, const cut *c, const tile_function *tiles, int64_t begin, int64_t end)
+{
+    const int64_t length = s->param[CONV_LENGTH];
+    const bool flat = c->per_segment == c->units && !masks(s) && !c->sided;
+    return tiles == lone_tiles && flat && end == c->units && end - begin > 1 && length % ESP_WIDTH == 1 ? length - 1 : 0;
+}
+
 /* Blocks first..upto at units begin..end, in tiles of nearly equal width. All blocks at one tile before the next, and
  * all tiles before the next group: its weights stay in the nearest cache, what tiles read comes from the second. */
 static void run_blocks(const block *b, int64_t first, int64_t upto, const tile_function *tiles, int widest,
     const cut *c, int64_t begin, int64_t end)
 {
     const esp_step *s = b->step;
-    const int64_t count = divide_up(end - begin, widest / c->vectors), narrow = (end - begin) / count,
-                  wider = (end - begin) % count;
+    const int64_t lone = lone_pixel(s, c, tiles, begin, end), units = end - begin - (lone > 0);
+    const int64_t count = divide_up(units, widest / c->vectors), narrow = units / count, wider = units % count;
     const bool flat = c->per_segment == c->units, masked = masks(s);
     int64_t segment = begin / c->per_segment, vector = begin % c->per_segment, pixel = begin * c->vectors * ESP_WIDTH;
     int known = 0; /* of so many whole vectors in a row `at` is: most tiles differ in nothing but where they begin */
@@ -225,6 +253,7 @@ static void run_blocks(const block *b, int64_t first, int64_t upto, const tile_f
             moved.in = b->in + pixel;
             moved.out = b->out + pixel;
             if (b->residual) moved.residual = b->residual + pixel;
+            at.lone = lone && t == count - 1 ? lone - pixel : 0;
         } else if (flat) {
             flat_spots(&at, s, c, pixel, wide);
         } else {

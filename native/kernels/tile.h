@@ -24,6 +24,7 @@ typedef struct {
 typedef struct {
     int64_t in[8], out[8], residual[8];
     int lanes[8], stored[8];
+    int64_t lone; /* 0, or the place of a pixel behind them, which would have a vector to itself */
     bool run;    /* the vectors lie one behind the other */
     bool plain;  /* and all lanes of all are stored */
     bool masked; /* and those that are no pixels, but side margin, as zeros: `pixels` are the others */
@@ -97,6 +98,17 @@ ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool ad
             store(out + sides + to_at[v], behind);
         }
     }
+}
+
+/* One pixel of the rows of a block, whose sums stand side by side. */
+static void finish_lone(const block *b, int rows, vec sums, int64_t pixel, float low, float high)
+{
+    const int64_t to_stride = b->step->out.stride[1], from_stride = b->step->b.stride[1];
+    for (int m = 0; m < rows && b->residual; m++)
+        if (b->rows[m] >= 0) sums[m] += b->residual[b->rows[m] * from_stride + pixel];
+    sums = is_clamp(b->step) ? vmin(splat(high), vmax(splat(low), sums)) : activate(sums, b->step->activation, low, high);
+    for (int m = 0; m < rows; m++)
+        if (b->rows[m] >= 0) b->out[b->rows[m] * to_stride + pixel] = sums[m];
 }
 
 /* Zero the `front` floats before the first plane, where pixels begin..end of plane `row`, worked on as one run, are its
