@@ -23,6 +23,7 @@ from espalier.runtime.executable import Executable
 # checked, and one number decides.
 LEAST, SECONDS = 5, 0.1
 SHARED_LEAST, SHARED_SECONDS = 24, 1.5
+LONGEST = 1.0  # seconds of the turns of one program, where those of half of LEAST take no longer
 SLOW = 0.03  # seconds of one run: what disturbs is small beside it, so half as many turns tell as much
 # How a small program's weights and activations happen to lie in memory makes it some 3 % faster or slower, for as long
 # as it lives (seen on ResNet-20). Where few are timed, each is loaded several times and counts by its median.
@@ -127,7 +128,8 @@ def _turns(call: Bound, among: int) -> tuple[int, int, float]:
     runs = max(1, int(TURN / once))
     fill = max(SECONDS, SHARED_SECONDS / among) / ((2 * runs + 1) * once)
     least = max(LEAST, SHARED_LEAST // among)
-    return max(-(-least // 2) if once > SLOW else least, int(fill)), runs, once
+    turns = max(-(-least // 2) if once > SLOW else least, int(fill))
+    return min(turns, max(-(-LEAST // 2), int(LONGEST / ((2 * runs + 1) * once)))), runs, once
 
 
 def _quantile(values: list[float]) -> float:

@@ -55,9 +55,11 @@ def _blocks(energy: np.ndarray, height: int, free: float) -> np.ndarray:
 def _partners(energy: np.ndarray, free: float) -> np.ndarray:
     """Indices [rows / 2, 2] of the rows that make a pair."""
     together = energy[0::2] + energy[1::2]
-    threshold = np.quantile(together, 1 - free)  # what a pair must hold to be kept, about
-    gain = np.stack([np.maximum(energy + row - threshold, 0).sum(1) for row in energy])
-    np.fill_diagonal(gain, -np.inf)
+    threshold = energy.dtype.type(np.quantile(together, 1 - free))  # what a pair must hold to be kept, about
+    gain = np.full((len(energy), len(energy)), -np.inf, energy.dtype)
+    for k in range(len(energy) - 1):
+        sums = energy[k + 1 :] + (energy[k] - threshold)
+        gain[k, k + 1 :] = gain[k + 1 :, k] = np.maximum(sums, 0, out=sums).sum(1)
     left, right = _greedy(gain)
     while True:  # two pairs change partners: (a, b) and (c, d) become (a, c) and (b, d), or (a, d) and (c, b)
         now = gain[left, right]
