@@ -192,6 +192,8 @@ def search_command(
         recipe: how a trial retrains
     """
     console, targets = screen(), Targets(speedup, latency_ms)
+    if targets.empty:
+        raise DataError("a search needs a latency to aim at: give --speedup 3 or --latency-ms 5")
     say = _teller(console)
     network, loaded, example = _scorable("search", model, data, data_root, weights)
     graph = capture(network, example)

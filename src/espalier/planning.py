@@ -137,8 +137,7 @@ def begun(file: str | Path, asked: str, make: Callable[[], Proposal]) -> tuple[P
     held = _starts(path)
     if asked not in held:
         found = make()
-        if found.limit_ms is None:
-            raise DataError("a search needs a latency to aim at: give --speedup or --latency-ms")
+        assert found.limit_ms is not None  # a latency was asked
         held[asked] = found.plan, found.limit_ms
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -59,6 +59,7 @@ def test_plan_writes_a_plan_that_explains_itself(
         (["plan", "lenet_digits", "--speedup", "2", "--beta", "-1"], "beta is -1"),
         (["sensitivity", "lenet_digits"], "needs data"),
         (["search", "lenet_digits", "--speedup", "2"], "needs data"),
+        (["search", "lenet_digits", "--data", "digits"], "needs a latency to aim at"),
         (["compress", "lenet_digits", "--data", "digits", "--speedup", "2", "--density", "0.1"], "say either"),
         (["compress", "lenet_digits", "--data", "digits"], "say either"),
     ],
