@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -199,13 +200,10 @@ def search_command(
     graph = capture(network, example)
     latency = latency_model(graph, threads=threads, tell=say)
     folder, space = Path(out), space_of(latency, Damage(graph.tensors, latency.layers))
-
-    def by_rule() -> Proposal:
-        scored = on_split(loaded.holdout, QUICK_IMAGES)
-        return propose(network, example, targets, evaluate=scored, threads=threads, latency=latency, tell=say)
-
     asked = " ".join(f"{name} {value:g}" for name, value in targets.told().items())
-    plan, limit = begun(folder / "rule.json", f"{model} {weights or ''} {asked} on {threads} threads", by_rule)
+    rule = partial(propose, network, example, targets, threads=threads, latency=latency, tell=say)
+    named, scored = f"{model} {weights or ''} {asked} on {threads} threads", on_split(loaded.holdout, QUICK_IMAGES)
+    plan, limit = begun(folder / "rule.json", named, partial(rule, evaluate=scored))
     say(f"asked: {asked}, which is {limit:.4g} ms by the table")
     start = space.nearest(plan.resolve(graph.sites()), limit)
     root = None if data_root is None else str(Path(data_root).resolve())
@@ -220,12 +218,10 @@ def search_command(
             tell(console, f"the {finalists} best, and the rule's plan, are retrained for {final_epochs} epochs")
             taken = final(space, longer, finals, known, limit_ms=limit, count=finalists, **shared)
     _save(space.plan(taken.picked), folder / "plan.toml")
-    drawn = _drawn(lambda: draw_trials(known, folder / "front.png", f"{model}: the front of {len(known)} trials"))
-    tell(
-        console,
-        f"best of {len(known)} trials: {taken.accuracy:.2f} % held out at {taken.latency_ms:.4g} ms by the table; "
-        f"written to {folder / 'plan.toml'}{drawn}",
-    )
+    title = f"{model}: the front of {len(known)} trials"
+    drawn = _drawn(lambda: draw_trials(known, folder / "front.png", title))
+    found = f"{taken.accuracy:.2f} % held out at {taken.latency_ms:.4g} ms by the table"
+    tell(console, f"best of {len(known)} trials: {found}; written to {folder / 'plan.toml'}{drawn}")
 
 
 def _searched(

@@ -85,7 +85,9 @@ def search(
     for first in range(0, trials, population):
         numbers = range(first, min(first + population, trials))
         emitted = {n: _pick(policy, seed, n, start) for n in numbers}
-        fitted = {n: picked if n == 0 and start else space.fitted(picked, limit_ms) for n, picked in emitted.items()}
+        fitted = {n: space.fitted(picked, limit_ms) for n, picked in emitted.items()}
+        if start is not None and 0 in fitted:
+            fitted[0] = tuple(start)
         wanted = [(n, fitted[n]) for n in numbers if n not in done]
         for trial in _tried(space, score, wanted, "policy", run, workers or Here()):
             log.add(trial)

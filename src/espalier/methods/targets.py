@@ -220,6 +220,7 @@ def _entries(kernels: Tensor, weight: Tensor) -> Tensor:
 
 
 def filters(rule: Rule) -> bool:
+    """Whether its groups are whole filters: when one goes, what reads it and its affine part go with it."""
     return rule.structure.pattern == FILTER
 
 
