@@ -12,25 +12,33 @@ enum { GROUP_FLOATS = 4096, GROUP_ROWS = 16 };
 
 enum { LONE_ROWS = ESP_WIDTH == 16 ? 8 : 0 }; /* of tiles that take a lone pixel with them */
 
-/* The sums of all columns; the vectors lie one behind the other (run), or anywhere. lone: NULL, or the sums of the lone
+/* Columns ahead of the one worked on whose pixels are fetched meanwhile; and where in a vector: its last float, since a
+ * tile's first line is the last of the tile before it. One or two rows wait for loads, and have no time for more. */
+enum { AHEAD = 4, FETCHED = ESP_WIDTH - 1 };
+
+/* The sums of all columns; the vectors lie one behind the other (run), or anywhere. fetch: pixels are fetched early; what
+ * is fetched behind the last column is of no use, but within the program's bytes. lone: NULL, or the sums of the lone
  * pixel, whose M rows share a vector. */
-ESP_INLINE void sum_up(
-    const int M, const int V, const bool run, const block *b, const spots *at, vec acc[8][8], vec *lone)
+ESP_INLINE void sum_up(const int M, const int V, const bool run, const bool fetch, const field *f, const block *b,
+    const spots *at, vec acc[8][8], vec *lone)
 {
-    const float *in = b->in + at->in[0], *values = b->values;
-    const int32_t *index = b->index;
-    const int64_t height = b->height, columns = b->columns;
+    const float *in = f->in + at->in[0], *values = b->values;
+    const int32_t *index = b->index, *const end = index + b->columns;
+    const int64_t height = f->height;
     int64_t apart[8];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) apart[v] = run ? v * ESP_WIDTH : at->in[v] - at->in[0];
     const int64_t alone = lone ? at->lone - at->in[0] : 0;
     vec last = lone ? *lone : (vec){0};
-    for (int64_t j = 0; j < columns; j++, values += height) {
-        const float *x = in + index[j];
+    for (; index < end; index++, values += height) {
+        const float *x = in + *index, *next = in + index[AHEAD] + FETCHED;
         vec pixels[8];
         if (lone) last += load(values) * splat(x[alone]);
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) pixels[v] = load(x + apart[v]);
+        for (int v = 0; v < V; v++) {
+            pixels[v] = load(x + apart[v]);
+            if (fetch) __builtin_prefetch(next + apart[v]);
+        }
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
             vec w = splat(values[m]);
@@ -41,10 +49,11 @@ ESP_INLINE void sum_up(
     if (lone) *lone = last;
 }
 
-/* M rows of one block at V vectors of pixels. */
-ESP_INLINE void tile_rows(const int M, const int V, const block *b, const spots *at, bool clamps, float low, float high)
+/* M rows of one block at V vectors of pixels. add: there is a residual. */
+ESP_INLINE void tile_rows(const int M, const int V, const int how, const bool add, const field *f, const block *b,
+    const spots *at, float low, float high)
 {
-    const float *bias = b->step->bias;
+    const float *bias = f->step->bias;
     vec acc[8][8];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
@@ -52,82 +61,86 @@ ESP_INLINE void tile_rows(const int M, const int V, const block *b, const spots 
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) acc[m][v] = splat(first);
     }
-    if (M == LONE_ROWS && at->lone) {
+    const bool run = how != ANYHOW;
+    if (how == LONE || (how == ANYHOW && M == LONE_ROWS && at->lone)) {
         vec lone = {0};
         for (int m = 0; m < M && bias; m++)
             if (b->rows[m] >= 0) lone[m] = bias[b->rows[m]];
-        sum_up(M, V, false, b, at, acc, &lone);
-        finish_lone(b, M, lone, at->lone, low, high);
-    } else if (V > 3 && at->run) {
-        sum_up(M, V, true, b, at, acc, NULL);
+        sum_up(M, V, run, true, f, b, at, acc, &lone);
+        finish_lone(f, b->rows, M, lone, at->lone, low, high);
     } else {
-        sum_up(M, V, false, b, at, acc, NULL);
+        sum_up(M, V, run, M >= 4, f, b, at, acc, NULL);
     }
-#define FINISH(CLAMP, HOW) \
-    do { \
-        if (b->residual) \
-            finish(M, V, CLAMP, true, HOW, b, acc, at, low, high); \
-        else \
-            finish(M, V, CLAMP, false, HOW, b, acc, at, low, high); \
-    } while (0)
-    if (!clamps)
-        FINISH(false, ANYHOW);
-    else if (!at->plain)
-        FINISH(true, ANYHOW);
-    else if (at->masked)
-        FINISH(true, MASKED);
-    else if (at->sided == SIDED_PAIRS)
-        FINISH(true, SIDED_PAIRS);
-    else if (at->sided == SIDED)
-        FINISH(true, SIDED);
+    if (how == ANYHOW && !is_clamp(f->step))
+        finish(M, V, false, add, how, f, b->rows, acc, at, low, high);
     else
-        FINISH(true, PLAIN);
-#undef FINISH
+        finish(M, V, true, add, how == LONE ? PLAIN : how, f, b->rows, acc, at, low, high);
 }
 
-/* Blocks first..upto at V vectors of pixels, M rows at once: b is the part that all of them share. */
-ESP_INLINE void tile(const int M, const int V, const block *shared, int64_t first, int64_t upto, const spots *at)
+/* Blocks first..upto at V vectors of pixels, M rows at once. */
+ESP_INLINE void tile(
+    const int M, const int V, const int how, const bool add, const field *f, int64_t first, int64_t upto, const spots *at)
 {
-    block b = *shared;
-    const esp_step *s = b.step;
-    const int64_t height = M < 4 ? M : b.height;
-    const bool clamps = is_clamp(s);
+    const esp_step *s = f->step;
+    const int64_t height = M < 4 ? M : f->height;
     const float low = s->activation ? s->act_a : -INFINITY, high = s->activation ? s->act_b : INFINITY;
     for (int64_t i = first; i < upto; i++) {
-        b.index = s->index + s->starts[i];
-        b.columns = s->starts[i + 1] - s->starts[i];
-        b.rows = s->rows + i * height;
-        b.values = s->values + s->starts[i] * height;
+        const int64_t start = s->starts[i];
+        block b = {s->rows + i * height, s->index + start, s->values + start * height, s->starts[i + 1] - start};
         for (int64_t r = 0; r < height; r += M, b.rows += M, b.values += M)
-            tile_rows(M, V, &b, at, clamps, low, high);
+            tile_rows(M, V, how, add, f, &b, at, low, high);
     }
 }
 
-typedef void (*tile_function)(const block *, int64_t, int64_t, const spots *);
+typedef void (*tile_function)(const field *, int64_t, int64_t, const spots *);
 
-#define TILE(M, V) \
-    static void tile_##M##_##V(const block *b, int64_t first, int64_t upto, const spots *at) \
+/* Of a height and width, for every way to store it, without and with residual: each by itself, as what all of them need
+ * would fill more registers than there are. */
+typedef struct {
+    tile_function by[HOWS][2];
+} tile_kinds;
+
+#define TILE_BY(M, V, HOW, ADD, NAME) \
+    static void tile_##M##_##V##_##NAME(const field *f, int64_t first, int64_t upto, const spots *at) \
     { \
-        tile(M, V, b, first, upto, at); \
+        tile(M, V, HOW, ADD, f, first, upto, at); \
     }
+#define TILE(M, V) \
+    TILE_BY(M, V, ANYHOW, false, any) TILE_BY(M, V, ANYHOW, true, any_add) \
+    TILE_BY(M, V, PLAIN, false, plain) TILE_BY(M, V, PLAIN, true, plain_add) \
+    TILE_BY(M, V, MASKED, false, masked) TILE_BY(M, V, MASKED, true, masked_add) \
+    TILE_BY(M, V, SIDED, false, sided) TILE_BY(M, V, SIDED, true, sided_add) \
+    TILE_BY(M, V, SIDED_PAIRS, false, pairs) TILE_BY(M, V, SIDED_PAIRS, true, pairs_add)
+#define KINDS(M, V) \
+    [ANYHOW] = {tile_##M##_##V##_any, tile_##M##_##V##_any_add}, \
+    [PLAIN] = {tile_##M##_##V##_plain, tile_##M##_##V##_plain_add}, \
+    [MASKED] = {tile_##M##_##V##_masked, tile_##M##_##V##_masked_add}, \
+    [SIDED] = {tile_##M##_##V##_sided, tile_##M##_##V##_sided_add}, \
+    [SIDED_PAIRS] = {tile_##M##_##V##_pairs, tile_##M##_##V##_pairs_add}
 
 /* Rows at once and the widest tile per instruction set: as many accumulators as it has registers for. */
 TILE(1, 1) TILE(1, 2) TILE(1, 3) TILE(1, 4) TILE(1, 5) TILE(1, 6) TILE(1, 7) TILE(1, 8)
 TILE(2, 1) TILE(2, 2) TILE(2, 3) TILE(2, 4) TILE(2, 5)
 TILE(4, 1) TILE(4, 2) TILE(4, 3)
-static const tile_function tiles_1[] = {
-    tile_1_1, tile_1_2, tile_1_3, tile_1_4, tile_1_5, tile_1_6, tile_1_7, tile_1_8};
+static const tile_kinds tiles_1[] = {{{KINDS(1, 1)}}, {{KINDS(1, 2)}}, {{KINDS(1, 3)}}, {{KINDS(1, 4)}}, {{KINDS(1, 5)}},
+    {{KINDS(1, 6)}}, {{KINDS(1, 7)}}, {{KINDS(1, 8)}}};
 #if ESP_WIDTH == 16
 TILE(2, 6) TILE(2, 7) TILE(2, 8) TILE(4, 4) TILE(4, 5) TILE(4, 6) TILE(8, 1) TILE(8, 2) TILE(8, 3)
-static const tile_function tiles_2[] = {
-    tile_2_1, tile_2_2, tile_2_3, tile_2_4, tile_2_5, tile_2_6, tile_2_7, tile_2_8};
-static const tile_function tiles_4[] = {tile_4_1, tile_4_2, tile_4_3, tile_4_4, tile_4_5, tile_4_6};
-static const tile_function tiles_8[] = {tile_8_1, tile_8_2, tile_8_3};
-static const tile_function *const lone_tiles = tiles_8;
+#define LONE_TILE(V) \
+    TILE_BY(8, V, LONE, false, lone) TILE_BY(8, V, LONE, true, lone_add)
+LONE_TILE(1) LONE_TILE(2) LONE_TILE(3)
+#define LONE_KINDS(V) {{KINDS(8, V), [LONE] = {tile_8_##V##_lone, tile_8_##V##_lone_add}}}
+static const tile_kinds tiles_2[] = {{{KINDS(2, 1)}}, {{KINDS(2, 2)}}, {{KINDS(2, 3)}}, {{KINDS(2, 4)}}, {{KINDS(2, 5)}},
+    {{KINDS(2, 6)}}, {{KINDS(2, 7)}}, {{KINDS(2, 8)}}};
+static const tile_kinds tiles_4[] = {
+    {{KINDS(4, 1)}}, {{KINDS(4, 2)}}, {{KINDS(4, 3)}}, {{KINDS(4, 4)}}, {{KINDS(4, 5)}}, {{KINDS(4, 6)}}};
+static const tile_kinds tiles_8[] = {LONE_KINDS(1), LONE_KINDS(2), LONE_KINDS(3)};
+static const tile_kinds *const lone_tiles = tiles_8;
 #else
-static const tile_function tiles_2[] = {tile_2_1, tile_2_2, tile_2_3, tile_2_4, tile_2_5};
-static const tile_function tiles_4[] = {tile_4_1, tile_4_2, tile_4_3};
-static const tile_function *const lone_tiles = NULL;
+static const tile_kinds tiles_2[] = {
+    {{KINDS(2, 1)}}, {{KINDS(2, 2)}}, {{KINDS(2, 3)}}, {{KINDS(2, 4)}}, {{KINDS(2, 5)}}};
+static const tile_kinds tiles_4[] = {{{KINDS(4, 1)}}, {{KINDS(4, 2)}}, {{KINDS(4, 3)}}};
+static const tile_kinds *const lone_tiles = NULL;
 #endif
 
 /* How a step is cut: its units, which are vectors of its pixels or pairs of them, into chunks. */
@@ -224,7 +237,7 @@ static void zero_margins(const esp_step *s, const cut *c, float *out, int64_t ro
 
 /* The last pixel of an image, where it would have a vector to itself, and tiles before it and tiles' sums have room for
  * it: 7 x 7 pixels are three vectors and one. Else 0. */
-static int64_t lone_pixel(const esp_step *s, const cut *c, const tile_function *tiles, int64_t begin, int64_t end)
+static int64_t lone_pixel(const esp_step *s, const cut *c, const tile_kinds *tiles, int64_t begin, int64_t end)
 {
     const int64_t length = s->param[CONV_LENGTH];
     const bool flat = c->per_segment == c->units && !masks(s) && !c->sided;
@@ -233,16 +246,16 @@ static int64_t lone_pixel(const esp_step *s, const cut *c, const tile_function *
 
 /* Blocks first..upto at units begin..end, in tiles of nearly equal width. All blocks at one tile before the next, and
  * all tiles before the next group: its weights stay in the nearest cache, what tiles read comes from the second. */
-static void run_blocks(const block *b, int64_t first, int64_t upto, const tile_function *tiles, int widest,
-    const cut *c, int64_t begin, int64_t end)
+static void run_blocks(const field *f, int64_t first, int64_t upto, const tile_kinds *tiles, int widest, const cut *c,
+    int64_t begin, int64_t end)
 {
-    const esp_step *s = b->step;
+    const esp_step *s = f->step;
     const int64_t lone = lone_pixel(s, c, tiles, begin, end), units = end - begin - (lone > 0);
     const int64_t count = divide_up(units, widest / c->vectors), narrow = units / count, wider = units % count;
-    const bool flat = c->per_segment == c->units, masked = masks(s);
+    const bool flat = c->per_segment == c->units, masked = masks(s), clamps = is_clamp(s);
     int64_t segment = begin / c->per_segment, vector = begin % c->per_segment, pixel = begin * c->vectors * ESP_WIDTH;
     int known = 0; /* of so many whole vectors in a row `at` is: most tiles differ in nothing but where they begin */
-    block moved = *b;
+    field moved = *f;
     spots at;
     for (int64_t t = 0; t < count; t++) {
         const int wide = ((int)narrow + (t < wider)) * c->vectors;
@@ -250,9 +263,9 @@ static void run_blocks(const block *b, int64_t first, int64_t upto, const tile_f
         const bool whole = flat && !masked && behind <= s->param[CONV_LENGTH];
         if (whole) {
             if (wide != known) flat_spots(&at, s, c, 0, wide);
-            moved.in = b->in + pixel;
-            moved.out = b->out + pixel;
-            if (b->residual) moved.residual = b->residual + pixel;
+            moved.in = f->in + pixel;
+            moved.out = f->out + pixel;
+            if (f->residual) moved.residual = f->residual + pixel;
             at.lone = lone && t == count - 1 ? lone - pixel : 0;
         } else if (flat) {
             flat_spots(&at, s, c, pixel, wide);
@@ -261,10 +274,10 @@ static void run_blocks(const block *b, int64_t first, int64_t upto, const tile_f
         }
         known = whole ? wide : 0;
         pixel = behind;
-        tiles[wide - 1](whole ? &moved : b, first, upto, &at);
+        tiles[wide - 1].by[how_of(&at, clamps)][f->residual != NULL](whole ? &moved : f, first, upto, &at);
     }
-    for (int64_t r = first * b->height; r < upto * b->height && s->margins; r++)
-        if (s->rows[r] >= 0) zero_margins(s, c, b->out, s->rows[r], begin, end);
+    for (int64_t r = first * f->height; r < upto * f->height && s->margins; r++)
+        if (s->rows[r] >= 0) zero_margins(s, c, f->out, s->rows[r], begin, end);
 }
 
 /* Behind block `first`, at most `limit`: where its group ends. */
@@ -352,14 +365,14 @@ static int64_t blocks_before(const esp_step *s, const cut *c, int64_t from, int6
 
 /* Chunks of pixels one after another, in each all blocks: what a chunk reads stays in the second cache. Threads get
  * equal shares of the sequence by its cost. */
-static void run(const esp_step *s, const esp_frame *f, int part, int parts, const tile_function *tiles, int widest)
+static void run(const esp_step *s, const esp_frame *frame, int part, int parts, const tile_kinds *tiles, int widest)
 {
     const int64_t height = s->param[CONV_HEIGHT];
     const cut c = cut_of(s, parts);
     int64_t begin, end;
     share_chunks(&c, s->bands, part, parts, &begin, &end);
-    block b = {s, esp_source(&s->a, f), esp_target(&s->out, f), NULL, NULL, NULL, NULL, 0, height};
-    if (s->b.space) b.residual = esp_source(&s->b, f);
+    field f = {s, esp_source(&s->a, frame), esp_target(&s->out, frame), NULL, height};
+    if (s->b.space) f.residual = esp_source(&s->b, frame);
     for (int64_t k = 0; k < c.chunks; k++) {
         int64_t from, upto;
         share(c.units, (int)k, (int)c.chunks, &from, &upto);
@@ -369,7 +382,7 @@ static void run(const esp_step *s, const esp_frame *f, int part, int parts, cons
         int64_t first = blocks_before(s, &c, from, count, begin);
         while (first < limit) {
             const int64_t next = group_end(s, first, limit, height);
-            run_blocks(&b, first, next, tiles, widest, &c, from, upto);
+            run_blocks(&f, first, next, tiles, widest, &c, from, upto);
             first = next;
         }
     }

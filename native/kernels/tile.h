@@ -9,15 +9,20 @@
 #include "planes.h"
 #include "simd.h"
 
-/* What a tile needs; the same for all tiles of a block. */
+/* What tiles read and write; the same for all blocks. */
 typedef struct {
     const esp_step *step;
     const float *in;
     float *out;
     const float *residual; /* or NULL */
+    int64_t height;        /* of blocks */
+} field;
+
+/* Rows that share columns. */
+typedef struct {
     const int32_t *rows, *index;
     const float *values;
-    int64_t columns, height;
+    int64_t columns;
 } block;
 
 /* The vectors of a tile: where each lies, how many of its lanes count, and up to which zeros are stored behind them. */
@@ -33,10 +38,18 @@ typedef struct {
     lanes not_first, not_last; /* then of rows of the image in a vector, or of half a row: all pixels but one */
 } spots;
 
-/* How a tile is stored. */
-enum { ANYHOW, PLAIN, MASKED, SIDED, SIDED_PAIRS };
+/* How a tile is stored. All but ANYHOW are of whole vectors that lie one behind the other, and at most clamped; LONE has
+ * a lone pixel with it. */
+enum { ANYHOW, PLAIN, LONE, MASKED, SIDED, SIDED_PAIRS, HOWS };
 
 static bool is_clamp(const esp_step *s) { return s->activation == ESP_CLAMP || s->activation == ESP_LINEAR_ACT; }
+
+static int how_of(const spots *at, bool clamps)
+{
+    if (!at->plain || !clamps) return ANYHOW;
+    if (at->masked) return at->lone ? ANYHOW : MASKED;
+    return at->sided ? at->sided : at->lone ? LONE : PLAIN;
+}
 
 /* SIDED or SIDED_PAIRS, where copies of the output, a column to either side, are stored as its vectors are: rows fill one,
  * or two; else 0. */
@@ -50,18 +63,18 @@ static int sided_of(const esp_step *s)
 
 /* Residual and activation of M rows at V vectors, and every row where it belongs. With clamp, kind is no activation or
  * a clamp between low and high; without, any. */
-ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool add, const int how, const block *b,
-    vec acc[8][8], const spots *at, float low, float high)
+ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool add, const int how, const field *f,
+    const int32_t *rows, vec acc[8][8], const spots *at, float low, float high)
 {
     const bool plain = how != ANYHOW, masked = how == MASKED || (how == ANYHOW && at->masked);
     /* copies: the compiler must believe that stores change what lies behind pointers */
-    const int64_t to_stride = b->step->out.stride[1], from_stride = b->step->b.stride[1];
+    const int64_t to_stride = f->step->out.stride[1], from_stride = f->step->b.stride[1];
     const bool sided = how == SIDED || how == SIDED_PAIRS;
-    const int64_t sides = sided ? b->step->param[CONV_SIDES] : 0;
+    const int64_t sides = sided ? f->step->param[CONV_SIDES] : 0;
     const lanes not_first = at->not_first, not_last = at->not_last;
-    const int activation = b->step->activation;
-    const float *from = b->residual;
-    float *to = b->out;
+    const int activation = f->step->activation;
+    const float *from = f->residual;
+    float *to = f->out;
     int64_t to_at[8], from_at[8];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) {
@@ -70,7 +83,7 @@ ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool ad
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-        const int64_t row = b->rows[m];
+        const int64_t row = rows[m];
         if (row < 0) continue;
         float *out = to + row * to_stride;
         const float *residual = add ? from + row * from_stride : NULL;
@@ -101,14 +114,14 @@ ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool ad
 }
 
 /* One pixel of the rows of a block, whose sums stand side by side. */
-static void finish_lone(const block *b, int rows, vec sums, int64_t pixel, float low, float high)
+static void finish_lone(const field *f, const int32_t *rows, int count, vec sums, int64_t pixel, float low, float high)
 {
-    const int64_t to_stride = b->step->out.stride[1], from_stride = b->step->b.stride[1];
-    for (int m = 0; m < rows && b->residual; m++)
-        if (b->rows[m] >= 0) sums[m] += b->residual[b->rows[m] * from_stride + pixel];
-    sums = is_clamp(b->step) ? vmin(splat(high), vmax(splat(low), sums)) : activate(sums, b->step->activation, low, high);
-    for (int m = 0; m < rows; m++)
-        if (b->rows[m] >= 0) b->out[b->rows[m] * to_stride + pixel] = sums[m];
+    const int64_t to_stride = f->step->out.stride[1], from_stride = f->step->b.stride[1];
+    for (int m = 0; m < count && f->residual; m++)
+        if (rows[m] >= 0) sums[m] += f->residual[rows[m] * from_stride + pixel];
+    sums = is_clamp(f->step) ? vmin(splat(high), vmax(splat(low), sums)) : activate(sums, f->step->activation, low, high);
+    for (int m = 0; m < count; m++)
+        if (rows[m] >= 0) f->out[rows[m] * to_stride + pixel] = sums[m];
 }
 
 /* Zero the `front` floats before the first plane, where pixels begin..end of plane `row`, worked on as one run, are its
