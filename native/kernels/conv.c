@@ -10,6 +10,9 @@
  * is written to a plane of its own: so few streams that prefetchers follow them. */
 enum { GROUP_FLOATS = 4096, GROUP_ROWS = 16 };
 
+/* A residual that is larger has left the second cache since it was written. */
+enum { FAR_FLOATS = 1 << 19 };
+
 enum { LONE_ROWS = ESP_WIDTH == 16 ? 8 : 0 }; /* of tiles that take a lone pixel with them */
 
 /* Columns ahead of the one worked on whose pixels are fetched meanwhile; and where in a vector: its last float, since a
@@ -49,6 +52,17 @@ ESP_INLINE void sum_up(const int M, const int V, const bool run, const bool fetc
     if (lone) *lone = last;
 }
 
+/* What will be added is fetched while the sums are made. */
+ESP_INLINE void fetch_residual(const int M, const int V, const field *f, const int32_t *rows, const spots *at)
+{
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+        const float *from = f->residual + (rows[m] < 0 ? 0 : rows[m]) * f->step->b.stride[1] + FETCHED;
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) __builtin_prefetch(from + at->residual[v]);
+    }
+}
+
 /* M rows of one block at V vectors of pixels. add: there is a residual. */
 ESP_INLINE void tile_rows(const int M, const int V, const int how, const bool add, const field *f, const block *b,
     const spots *at, float low, float high)
@@ -61,7 +75,8 @@ ESP_INLINE void tile_rows(const int M, const int V, const int how, const bool ad
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) acc[m][v] = splat(first);
     }
-    const bool run = how != ANYHOW;
+    const bool run = is_run(how);
+    if (add && M >= 4 && f->far) fetch_residual(M, V, f, b->rows, at);
     if (how == LONE || (how == ANYHOW && M == LONE_ROWS && at->lone)) {
         vec lone = {0};
         for (int m = 0; m < M && bias; m++)
@@ -109,12 +124,14 @@ typedef struct {
     TILE_BY(M, V, ANYHOW, false, any) TILE_BY(M, V, ANYHOW, true, any_add) \
     TILE_BY(M, V, PLAIN, false, plain) TILE_BY(M, V, PLAIN, true, plain_add) \
     TILE_BY(M, V, MASKED, false, masked) TILE_BY(M, V, MASKED, true, masked_add) \
+    TILE_BY(M, V, ROWS, false, rows) TILE_BY(M, V, ROWS, true, rows_add) \
     TILE_BY(M, V, SIDED, false, sided) TILE_BY(M, V, SIDED, true, sided_add) \
     TILE_BY(M, V, SIDED_PAIRS, false, pairs) TILE_BY(M, V, SIDED_PAIRS, true, pairs_add)
 #define KINDS(M, V) \
     [ANYHOW] = {tile_##M##_##V##_any, tile_##M##_##V##_any_add}, \
     [PLAIN] = {tile_##M##_##V##_plain, tile_##M##_##V##_plain_add}, \
     [MASKED] = {tile_##M##_##V##_masked, tile_##M##_##V##_masked_add}, \
+    [ROWS] = {tile_##M##_##V##_rows, tile_##M##_##V##_rows_add}, \
     [SIDED] = {tile_##M##_##V##_sided, tile_##M##_##V##_sided_add}, \
     [SIDED_PAIRS] = {tile_##M##_##V##_pairs, tile_##M##_##V##_pairs_add}
 
@@ -148,7 +165,7 @@ typedef struct {
     int64_t units, per_segment, chunks;
     int vectors;  /* of a unit */
     int64_t cost; /* of all blocks at one unit: a column is 1, the work that every block has 4 */
-    int margin;   /* lanes behind a segment that are its margin, where they lie in its last vector; or 0 */
+    int padding;  /* lanes behind a segment that are its margin, or nobody's, where they lie in its last vector; or 0 */
     int sided;    /* as in `spots` */
 } cut;
 
@@ -181,6 +198,7 @@ ESP_INLINE void flat_spots(spots *at, const esp_step *s, const cut *c, int64_t f
         at->lanes[v] = at->stored[v] = ESP_WIDTH;
     }
     at->run = true;
+    at->rows = false;
     at->lone = 0;
     at->plain = left >= ESP_WIDTH;
     if (!at->plain) at->lanes[count - 1] = at->stored[count - 1] = (int)left;
@@ -199,6 +217,7 @@ ESP_INLINE void next_spots(spots *at, const esp_step *s, const cut *c, int64_t *
 {
     const int64_t *p = s->param;
     at->run = at->plain = at->masked = false;
+    at->rows = true;
     at->sided = 0;
     at->lone = 0;
     for (int v = 0; v < count; v++) {
@@ -207,7 +226,9 @@ ESP_INLINE void next_spots(spots *at, const esp_step *s, const cut *c, int64_t *
         at->out[v] = *segment * p[CONV_OUT_STRIDE] + pixel;
         at->residual[v] = *segment * p[CONV_RESIDUAL_STRIDE] + pixel;
         at->lanes[v] = left < ESP_WIDTH ? (int)left : ESP_WIDTH;
-        at->stored[v] = left < ESP_WIDTH ? (int)left + c->margin : ESP_WIDTH;
+        at->stored[v] = left < ESP_WIDTH ? (int)left + c->padding : ESP_WIDTH;
+        at->rows &= at->stored[v] == ESP_WIDTH;
+        at->pixels[v] = lanes_between(0, at->lanes[v]);
         if (++*vector < c->per_segment) continue;
         *vector = 0;
         ++*segment;
@@ -229,7 +250,7 @@ static void zero_margins(const esp_step *s, const cut *c, float *out, int64_t ro
     }
     /* the segments whose last vector lies in begin..end */
     for (int64_t y = begin / c->per_segment; y < end / c->per_segment; y++)
-        if (c->margin)
+        if (c->padding)
             zero_above_and_below(s, out, row, y);
         else
             zero_margin(s, out, row, y);
@@ -328,12 +349,10 @@ static cut cut_of(const esp_step *s, int parts)
     const int64_t bands = s->bands ? parts : bands_of(s, units * vectors, parts);
     int64_t chunks = (units + bands * wanted / 2) / (bands * wanted); /* of a band: about as many as are wanted */
     chunks = bands * (chunks < 1 ? 1 : chunks < MOST_CHUNKS ? chunks : MOST_CHUNKS);
-    const bool whole = p[CONV_SEGMENTS] == s->out.size[2] && length == s->out.size[3] &&
-                       p[CONV_OUT_STRIDE] == s->out.stride[2];
-    const int64_t margin = s->out.stride[1] - length;
-    const bool stored = s->margins && whole && by_rows(&s->out) && length + margin <= per_segment * ESP_WIDTH;
+    const int64_t padding = row_padding(s);
+    const bool stored = length + padding <= per_segment * ESP_WIDTH;
     return (cut){units, per_segment, chunks < units ? chunks : units, vectors, s->index_count + 4 * blocks,
-        stored ? (int)margin : 0, sided};
+        stored ? (int)padding : 0, sided};
 }
 
 /* Which part of the sequence of chunks, counted in their cost, is a thread's: its band, where bands are about equal. Else
@@ -371,8 +390,11 @@ static void run(const esp_step *s, const esp_frame *frame, int part, int parts, 
     const cut c = cut_of(s, parts);
     int64_t begin, end;
     share_chunks(&c, s->bands, part, parts, &begin, &end);
-    field f = {s, esp_source(&s->a, frame), esp_target(&s->out, frame), NULL, height};
-    if (s->b.space) f.residual = esp_source(&s->b, frame);
+    field f = {s, esp_source(&s->a, frame), esp_target(&s->out, frame), NULL, height, false};
+    if (s->b.space) {
+        f.residual = esp_source(&s->b, frame);
+        f.far = s->b.size[1] * s->b.size[2] * s->b.size[3] > FAR_FLOATS;
+    }
     for (int64_t k = 0; k < c.chunks; k++) {
         int64_t from, upto;
         share(c.units, (int)k, (int)c.chunks, &from, &upto);

@@ -60,11 +60,12 @@ static void inside_of(int64_t size, int64_t stride, int64_t from, int64_t room, 
 }
 
 /* Rows of every second pixel, with a zero in front of `first` and behind `last` where the plane has no pixel. What lies
- * behind rows may be read. */
+ * behind rows may be read. The same rows of the next plane, `plane` floats on, are fetched meanwhile. */
 static void pick_rows(float *to, int64_t to_stride, int64_t width, const float *from, int64_t from_stride, int64_t rows,
-    int64_t first, int64_t last)
+    int64_t first, int64_t last, int64_t plane)
 {
     for (; rows > 0; rows--, to += to_stride, from += from_stride) {
+        for (int64_t i = 0; i < 2 * width; i += ESP_WIDTH) __builtin_prefetch(from + plane + i);
         if (first) to[0] = 0;
         pick_even(to + first, from, last - first, INT64_MAX);
         if (last < width) to[last] = 0;
@@ -119,7 +120,7 @@ static void gather_rows(
         if (width <= ESP_WIDTH)
             pick_short_rows(to, s->out.stride[2], width, from, sy * a->stride[2], below - above, low, high);
         else
-            pick_rows(to, s->out.stride[2], width, from, sy * a->stride[2], below - above, low, high);
+            pick_rows(to, s->out.stride[2], width, from, sy * a->stride[2], below - above, low, high, a->stride[1]);
         for (int64_t row = p->row; row < p->last_row; row++)
             if (row < above || row >= below) zero_floats(out + row * s->out.stride[2], width);
         return;

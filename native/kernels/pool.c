@@ -122,6 +122,8 @@ ESP_INLINE void pool_band(const int K, const int S, const int R, const bool sum,
             if (top + i < 0 || top + i >= height) continue;
             const float *from = plane + (top + i) * row_stride;
             vec raw[8], folded;
+            if (i >= K - S) /* what the next band reads of this column, and nobody has read yet */
+                for (int v = 0; v < S; v++) __builtin_prefetch(from + R * S * row_stride + left + v * ESP_WIDTH);
             if (inner)
                 for (int l = 0; l < loads; l++) raw[l] = load(from + reaches[l].at);
             else

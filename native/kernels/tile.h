@@ -16,6 +16,7 @@ typedef struct {
     float *out;
     const float *residual; /* or NULL */
     int64_t height;        /* of blocks */
+    bool far;              /* the residual is worth fetching early */
 } field;
 
 /* Rows that share columns. */
@@ -33,19 +34,23 @@ typedef struct {
     bool run;    /* the vectors lie one behind the other */
     bool plain;  /* and all lanes of all are stored */
     bool masked; /* and those that are no pixels, but side margin, as zeros: `pixels` are the others */
+    bool rows;   /* of an image row by row: all lanes are stored, those behind a row as zeros */
     lanes pixels[8];
     int sided;   /* SIDED or SIDED_PAIRS, where copies to either side are stored with it; else 0 */
     lanes not_first, not_last; /* then of rows of the image in a vector, or of half a row: all pixels but one */
 } spots;
 
-/* How a tile is stored. All but ANYHOW are of whole vectors that lie one behind the other, and at most clamped; LONE has
- * a lone pixel with it. */
-enum { ANYHOW, PLAIN, LONE, MASKED, SIDED, SIDED_PAIRS, HOWS };
+/* How a tile is stored. All but ANYHOW are of whole vectors and at most clamped, and all but ROWS of vectors that lie one
+ * behind the other; LONE has a lone pixel with it. */
+enum { ANYHOW, PLAIN, LONE, MASKED, ROWS, SIDED, SIDED_PAIRS, HOWS };
+
+ESP_INLINE bool is_run(const int how) { return how != ANYHOW && how != ROWS; }
 
 static bool is_clamp(const esp_step *s) { return s->activation == ESP_CLAMP || s->activation == ESP_LINEAR_ACT; }
 
 static int how_of(const spots *at, bool clamps)
 {
+    if (at->rows && clamps) return ROWS;
     if (!at->plain || !clamps) return ANYHOW;
     if (at->masked) return at->lone ? ANYHOW : MASKED;
     return at->sided ? at->sided : at->lone ? LONE : PLAIN;
@@ -66,7 +71,8 @@ static int sided_of(const esp_step *s)
 ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool add, const int how, const field *f,
     const int32_t *rows, vec acc[8][8], const spots *at, float low, float high)
 {
-    const bool plain = how != ANYHOW, masked = how == MASKED || (how == ANYHOW && at->masked);
+    const bool whole = how != ANYHOW, run = is_run(how);
+    const bool masked = how == MASKED || how == ROWS || (how == ANYHOW && at->masked);
     /* copies: the compiler must believe that stores change what lies behind pointers */
     const int64_t to_stride = f->step->out.stride[1], from_stride = f->step->b.stride[1];
     const bool sided = how == SIDED || how == SIDED_PAIRS;
@@ -78,8 +84,8 @@ ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool ad
     int64_t to_at[8], from_at[8];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) {
-        to_at[v] = plain ? at->out[0] + v * ESP_WIDTH : at->out[v];
-        from_at[v] = !add ? 0 : plain ? at->residual[0] + v * ESP_WIDTH : at->residual[v];
+        to_at[v] = run ? at->out[0] + v * ESP_WIDTH : at->out[v];
+        from_at[v] = !add ? 0 : run ? at->residual[0] + v * ESP_WIDTH : at->residual[v];
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
@@ -89,7 +95,7 @@ ESP_INLINE void finish(const int M, const int V, const bool clamp, const bool ad
         const float *residual = add ? from + row * from_stride : NULL;
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) {
-            const int lanes = plain ? ESP_WIDTH : at->lanes[v];
+            const int lanes = whole ? ESP_WIDTH : at->lanes[v];
             vec y = acc[m][v];
             if (add) y += lanes < ESP_WIDTH ? load_part(residual + from_at[v], lanes) : load(residual + from_at[v]);
             y = clamp ? vmin(splat(high), vmax(splat(low), y)) : activate(y, activation, low, high);

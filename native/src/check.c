@@ -136,7 +136,8 @@ static const char *check_conv(const esp_program *p, const esp_step *s)
     if (s->a.space != ESP_ARENA || !multiply_add(segments - 1, s->param[CONV_IN_STRIDE], length - 1, &reach) ||
         !indices_within(p, s, reach))
         return "a column lies outside the arena";
-    if (!multiply_add(segments - 1, s->param[CONV_OUT_STRIDE], length, &reach) ||
+    if (row_padding(s) < 0) return "rows of its output overlap";
+    if (!multiply_add(segments - 1, s->param[CONV_OUT_STRIDE], length + row_padding(s), &reach) ||
         !multiply_add(rows - 1, s->out.stride[1], s->out.offset, &end) || __builtin_add_overflow(end, reach, &end) ||
         end > room(p, &s->out))
         return "a segment lies outside the output";

@@ -2,6 +2,7 @@
 #ifndef ESP_PROGRAM_H
 #define ESP_PROGRAM_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -176,6 +177,16 @@ static inline float *esp_target(const esp_operand *o, const esp_frame *f)
     if (o->space == ESP_ARENA) return f->arena + o->offset;
     if (o->space == ESP_SCRATCH) return f->scratch + o->offset;
     return f->outputs[o->index] + f->sample * f->output_sizes[o->index] + o->offset;
+}
+
+/* Floats behind each row of a conv's output that may be written with it: of an image that lies row by row, up to the next
+ * plane's row. They are margin, or nobody's. */
+static inline int64_t row_padding(const esp_step *s)
+{
+    const esp_operand *o = &s->out;
+    const bool whole = s->param[CONV_SEGMENTS] == o->size[2] && s->param[CONV_LENGTH] == o->size[3] &&
+                       s->param[CONV_OUT_STRIDE] == o->stride[2];
+    return whole && o->size[2] > 1 && o->stride[2] > o->stride[1] ? o->stride[1] - o->size[3] : 0;
 }
 
 /* message must not be NULL with capacity > 0 */

