@@ -16,6 +16,7 @@ _FEW_PIXELS = 64  # of an image that is worth a copy for every column of a windo
 _SIDED_WIDTHS = (4, 8, 16, 32)  # of images whose rows fill vectors
 _SIDED_FLOATS = 1 << 16  # of planes with their copies, which threads fetch from each other
 _SPARSE = 0.5  # density of weights up to which layouts for sparse ones pay
+_FEWER = 0.76  # vectors without margins to those with them, from which copies for every column pay
 
 
 def plan_layout(
@@ -143,8 +144,12 @@ def _shifts(layout: Layout, node: Node, graph: Graph) -> bool:
     _, height, width = planes_of(layout.shapes[node.outputs[0]])
     if weight is None or height == 1 or height * width > _FEW_PIXELS:
         return False
+    if _moves_by_one(node) and not _reaches(node, graph):
+        return False  # it reads the image as it lies
     run = (height - 1) * (width + max(1, padding[1])) + width
-    fewer = -(-height * width // VECTOR) <= 0.6 * -(-run // VECTOR)
+    pixels = height * width
+    whole = pixels // VECTOR if pixels % VECTOR == 1 else -(-pixels // VECTOR)  # a lone pixel goes with the others
+    fewer = whole <= _FEWER * -(-run // VECTOR)
     return fewer and int(weight.count_nonzero()) <= _SPARSE * weight.numel()
 
 
