@@ -10,8 +10,10 @@
  * is written to a plane of its own: so few streams that prefetchers follow them. */
 enum { GROUP_FLOATS = 4096, GROUP_ROWS = 16 };
 
-/* A residual that is larger has left the second cache since it was written. */
+/* What is larger leaves the second cache before it is read or written again. */
 enum { FAR_FLOATS = 1 << 19 };
+
+static bool is_far(const esp_operand *o) { return o->size[1] * o->size[2] * o->size[3] > FAR_FLOATS; }
 
 enum { LONE_ROWS = ESP_WIDTH == 16 ? 8 : 0 }; /* of tiles that take a lone pixel with them */
 
@@ -52,14 +54,15 @@ ESP_INLINE void sum_up(const int M, const int V, const bool run, const bool fetc
     if (lone) *lone = last;
 }
 
-/* What will be added is fetched while the sums are made. */
-ESP_INLINE void fetch_residual(const int M, const int V, const field *f, const int32_t *rows, const spots *at)
+/* The lines of a tile of `o`, which begins at `from`, are asked for while the sums are made: to be read, or written. */
+ESP_INLINE void fetch_early(const int M, const int V, const bool written, const float *from, const esp_operand *o,
+    const int32_t *rows, const int64_t *at)
 {
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-        const float *from = f->residual + (rows[m] < 0 ? 0 : rows[m]) * f->step->b.stride[1] + FETCHED;
+        const float *row = from + (rows[m] < 0 ? 0 : rows[m]) * o->stride[1] + FETCHED;
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) __builtin_prefetch(from + at->residual[v]);
+        for (int v = 0; v < V; v++) __builtin_prefetch(row + at[v], written);
     }
 }
 
@@ -76,7 +79,8 @@ ESP_INLINE void tile_rows(const int M, const int V, const int how, const bool ad
         for (int v = 0; v < V; v++) acc[m][v] = splat(first);
     }
     const bool run = is_run(how);
-    if (add && M >= 4 && f->far) fetch_residual(M, V, f, b->rows, at);
+    if (M >= 4 && add && f->far_residual) fetch_early(M, V, false, f->residual, &f->step->b, b->rows, at->residual);
+    if (M >= 4 && f->far_output) fetch_early(M, V, true, f->out, &f->step->out, b->rows, at->out);
     if (how == LONE || (how == ANYHOW && M == LONE_ROWS && at->lone)) {
         vec lone = {0};
         for (int m = 0; m < M && bias; m++)
@@ -390,10 +394,11 @@ static void run(const esp_step *s, const esp_frame *frame, int part, int parts, 
     const cut c = cut_of(s, parts);
     int64_t begin, end;
     share_chunks(&c, s->bands, part, parts, &begin, &end);
-    field f = {s, esp_source(&s->a, frame), esp_target(&s->out, frame), NULL, height, false};
+    const bool in_place = s->b.space == s->out.space && s->b.offset == s->out.offset;
+    field f = {s, esp_source(&s->a, frame), esp_target(&s->out, frame), NULL, height, false, parts > 1 || is_far(&s->out)};
     if (s->b.space) {
         f.residual = esp_source(&s->b, frame);
-        f.far = s->b.size[1] * s->b.size[2] * s->b.size[3] > FAR_FLOATS;
+        f.far_residual = !in_place && is_far(&s->b);
     }
     for (int64_t k = 0; k < c.chunks; k++) {
         int64_t from, upto;

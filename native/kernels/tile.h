@@ -16,7 +16,8 @@ typedef struct {
     float *out;
     const float *residual; /* or NULL */
     int64_t height;        /* of blocks */
-    bool far;              /* the residual is worth fetching early */
+    bool far_residual;     /* it is worth fetching early; with more than one row at once */
+    bool far_output;       /* so are the lines to be written: other cores have had them, or they have left the cache */
 } field;
 
 /* Rows that share columns. */
