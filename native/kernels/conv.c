@@ -18,8 +18,8 @@ static bool is_far(const esp_operand *o) { return o->size[1] * o->size[2] * o->s
 enum { LONE_ROWS = ESP_WIDTH == 16 ? 8 : 0 }; /* of tiles that take a lone pixel with them */
 
 /* Columns ahead of the one worked on whose pixels are fetched meanwhile; and where in a vector: its last float, since a
- * tile's first line is the last of the tile before it. One or two rows wait for loads, and have no time for more. */
-enum { AHEAD = 4, FETCHED = ESP_WIDTH - 1 };
+ * tile's first line is the last of the tile before it. Tiles of fewer rows, or short vectors, wait for loads as it is. */
+enum { AHEAD = 4, FETCHED = ESP_WIDTH - 1, FETCHING_ROWS = ESP_WIDTH == 16 ? 4 : 1 << 30 };
 
 /* The sums of all columns; the vectors lie one behind the other (run), or anywhere. fetch: pixels are fetched early; what
  * is fetched behind the last column is of no use, but within the program's bytes. lone: NULL, or the sums of the lone
@@ -55,14 +55,18 @@ ESP_INLINE void sum_up(const int M, const int V, const bool run, const bool fetc
 }
 
 /* The lines of a tile of `o`, which begins at `from`, are asked for while the sums are made: to be read, or written. */
-ESP_INLINE void fetch_early(const int M, const int V, const bool written, const float *from, const esp_operand *o,
-    const int32_t *rows, const int64_t *at)
+ESP_INLINE void fetch_early(const int M, const int V, const bool run, const bool written, const float *from,
+    const esp_operand *o, const int32_t *rows, const int64_t *at)
 {
+    const int64_t stride = o->stride[1];
+    from += at[0] + FETCHED;
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-        const float *row = from + (rows[m] < 0 ? 0 : rows[m]) * o->stride[1] + FETCHED;
+        const int64_t row = rows[m];
+        if (row < 0) continue;
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) __builtin_prefetch(row + at[v], written);
+        for (int v = 0; v < V; v++)
+            __builtin_prefetch(from + row * stride + (run ? v * ESP_WIDTH : at[v] - at[0]), written);
     }
 }
 
@@ -79,16 +83,16 @@ ESP_INLINE void tile_rows(const int M, const int V, const int how, const bool ad
         for (int v = 0; v < V; v++) acc[m][v] = splat(first);
     }
     const bool run = is_run(how);
-    if (M >= 4 && add && f->far_residual) fetch_early(M, V, false, f->residual, &f->step->b, b->rows, at->residual);
-    if (M >= 4 && f->far_output) fetch_early(M, V, true, f->out, &f->step->out, b->rows, at->out);
+    if (M >= FETCHING_ROWS && add && f->far_residual) fetch_early(M, V, run, false, f->residual, &f->step->b, b->rows, at->residual);
+    if (M >= FETCHING_ROWS && f->far_output) fetch_early(M, V, run, true, f->out, &f->step->out, b->rows, at->out);
     if (how == LONE || (how == ANYHOW && M == LONE_ROWS && at->lone)) {
         vec lone = {0};
         for (int m = 0; m < M && bias; m++)
             if (b->rows[m] >= 0) lone[m] = bias[b->rows[m]];
-        sum_up(M, V, run, true, f, b, at, acc, &lone);
+        sum_up(M, V, run, M >= FETCHING_ROWS, f, b, at, acc, &lone);
         finish_lone(f, b->rows, M, lone, at->lone, low, high);
     } else {
-        sum_up(M, V, run, M >= 4, f, b, at, acc, NULL);
+        sum_up(M, V, run, M >= FETCHING_ROWS, f, b, at, acc, NULL);
     }
     if (how == ANYHOW && !is_clamp(f->step))
         finish(M, V, false, add, how, f, b->rows, acc, at, low, high);
