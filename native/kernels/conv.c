@@ -398,6 +398,12 @@ static void run(const esp_step *s, const esp_frame *frame, int part, int parts, 
     const cut c = cut_of(s, parts);
     int64_t begin, end;
     share_chunks(&c, s->bands, part, parts, &begin, &end);
+    if (frame->slices > 1) {
+        const int64_t from = begin;
+        share(end - from, frame->slice, frame->slices, &begin, &end);
+        begin += from;
+        end += from;
+    }
     const bool in_place = s->b.space == s->out.space && s->b.offset == s->out.offset;
     field f = {s, esp_source(&s->a, frame), esp_target(&s->out, frame), NULL, height, false, parts > 1 || is_far(&s->out)};
     if (s->b.space) {

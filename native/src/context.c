@@ -17,7 +17,10 @@ enum {
     MAX_THREADS = 1024,
     HEAVY_FLOATS = 1 << 18,  /* weights of a step that a wave shares out */
     PIECE_FLOATS = 1 << 15,  /* of them at a time: they stay in a cache while all samples of the wave use them */
-    NARROWEST_HEAVY_WAVE = 4 /* samples, also with fewer threads: it pays to read large weights less often */
+    NARROWEST_HEAVY_WAVE = 4, /* samples, also with fewer threads: it pays to read large weights less often */
+    SLICES = 4,           /* of a thread's share of a step: who is done sooner takes over what others have not begun */
+    SLICE_WORK = 1 << 16, /* of a slice, at least */
+    CLAIMS = 16           /* of a thread: a cache line */
 };
 
 struct esp_context {
@@ -29,6 +32,8 @@ struct esp_context {
     float **arena; /* in them: aligned, with slack before and behind */
     void **own;    /* each thread's scratch */
     double *step_ms; /* each thread's, of every step */
+    atomic_uint *claims; /* of slices, or tasks, of the shared step in progress: its number, once somebody has one */
+    unsigned shared;     /* steps before this run */
     int profile;
     atomic_flag busy;
     int64_t batch; /* of the run in progress */
@@ -111,6 +116,7 @@ void esp_context_free(esp_context *c)
     free(c->arena);
     free(c->own);
     free(c->step_ms);
+    free(c->claims);
     free(c);
 }
 
@@ -158,6 +164,18 @@ static int make_scratch(esp_context *c)
     return c->own != NULL;
 }
 
+static int make_claims(esp_context *c)
+{
+    const esp_program *p = c->program;
+    int64_t most = (int64_t)c->threads * CLAIMS, bands = 0;
+    for (int32_t i = 0; i < p->steps_count; i++) { /* no run of tasks has more than all together */
+        bands += p->steps[i].task ? p->steps[i].bands + 1 : 0;
+        most = bands > most ? bands : most;
+    }
+    return posix_memalign((void **)&c->claims, 64, (size_t)most * sizeof *c->claims) == 0 &&
+           memset(c->claims, 0, (size_t)most * sizeof *c->claims);
+}
+
 int esp_context_create(
     const esp_program *program, int32_t threads, esp_context **context, char *message, size_t capacity)
 {
@@ -172,7 +190,7 @@ int esp_context_create(
     c->threads = threads;
     atomic_flag_clear(&c->busy);
     c->step_ms = calloc((size_t)threads * (size_t)program->steps_count + 1, sizeof *c->step_ms);
-    if (!c->step_ms || !make_arenas(c) || !make_scratch(c)) {
+    if (!c->step_ms || !make_arenas(c) || !make_scratch(c) || !make_claims(c)) {
         esp_context_free(c);
         return esp_fail(message, capacity, ESP_NO_MEMORY, "out of memory for a workspace of %lld bytes",
             (long long)esp_workspace_size(program));
@@ -197,7 +215,43 @@ static esp_frame frame_of(const esp_context *c, int arena, int part, int64_t sam
 {
     const esp_program *p = c->program;
     return (esp_frame){c->arena[arena], aligned(c->own[part]), (const float *)p->bytes, c->inputs, c->outputs, p->elements,
-        p->elements + p->inputs_count, sample};
+        p->elements + p->inputs_count, sample, 0, 1};
+}
+
+/* Whether nobody has had slice or task `i` of shared step `number`. */
+static int claim(esp_context *c, int64_t i, unsigned number)
+{
+    return atomic_exchange_explicit(&c->claims[i], number, memory_order_relaxed) != number;
+}
+
+/* A step with weights, shared in slices: each thread begins with its own share, and takes over from others when it is done.
+ * Cores are seldom equally fast: others use them, too. */
+static void run_slices(esp_context *c, const esp_step *s, const esp_frame *frame, int part, unsigned number)
+{
+    const int lanes = s->param[CONV_HEIGHT] == ESP_LANES_HEIGHT;
+    esp_frame sliced = *frame;
+    for (int k = 0; k < c->threads; k++) {
+        const int owner = (part + k) % c->threads;
+        for (int slice = 0; slice < SLICES; slice++) {
+            if (!claim(c, owner * CLAIMS + slice, number)) continue;
+            if (lanes) {
+                s->kernel(s, frame, owner * SLICES + slice, c->threads * SLICES);
+                continue;
+            }
+            sliced.slice = slice;
+            sliced.slices = SLICES;
+            s->kernel(s, &sliced, owner, c->threads);
+        }
+    }
+}
+
+/* Member `part`'s share of a step that all do together. */
+static void run_share(esp_context *c, const esp_step *s, const esp_frame *frame, int part, unsigned number)
+{
+    if (c->threads > 1 && s->op == ESP_CONV && s->work / c->threads >= SLICES * SLICE_WORK)
+        run_slices(c, s, frame, part, number);
+    else
+        s->kernel(s, frame, part, c->threads);
 }
 
 /* Steps first..upto of one task, or of one band of it, timed into `step_ms` if that is not NULL. */
@@ -211,22 +265,34 @@ static void run_task(const esp_step *steps, const esp_frame *frame, int32_t firs
     }
 }
 
-/* The tasks of steps first..upto, which threads share out by their work, each all of its own. */
-static void run_tasks(esp_context *c, const esp_frame *frame, int32_t first, int32_t upto, int part, int parts)
+/* The tasks of steps first..upto that are member `part`'s by their work, or all, of which nobody has had. */
+static void run_some(esp_context *c, const esp_frame *frame, int32_t first, int32_t upto, int part, int parts, int all,
+    unsigned number)
 {
     const esp_step *steps = c->program->steps;
     double whole = 0, before = 0, *step_ms = c->profile ? c->step_ms + (int64_t)part * c->program->steps_count : NULL;
+    int64_t task = 0;
     for (int32_t i = first; i < upto; i++) whole += (double)steps[i].work;
     for (int32_t i = first, next; i < upto; i = next) {
         double work = 0;
         for (next = i; next < upto && steps[next].task == steps[i].task; next++) work += (double)steps[next].work;
         const int bands = steps[i].bands ? steps[i].bands : 1;
         work /= bands;
-        for (int band = 0; band < bands; band++, before += work) {
+        for (int band = 0; band < bands; band++, task++, before += work) {
             const int owner = whole > 0 ? (int)((before + work / 2) * parts / whole) : 0;
-            if ((owner < parts ? owner : parts - 1) == part) run_task(steps, frame, i, next, band, bands, step_ms);
+            const int own = (owner < parts ? owner : parts - 1) == part;
+            if ((own || all) && (parts == 1 || claim(c, task, number)))
+                run_task(steps, frame, i, next, band, bands, step_ms);
         }
     }
+}
+
+/* The tasks of steps first..upto, each all of one thread: first its own, then those that others have not begun. */
+static void run_tasks(
+    esp_context *c, const esp_frame *frame, int32_t first, int32_t upto, int part, int parts, unsigned number)
+{
+    run_some(c, frame, first, upto, part, parts, 0, number);
+    if (parts > 1) run_some(c, frame, first, upto, part, parts, 1, number);
 }
 
 /* Samples begin..end one after another, each step split among all members. Small steps are done by member 0 alone;
@@ -234,6 +300,7 @@ static void run_tasks(esp_context *c, const esp_frame *frame, int32_t first, int
 static void split_steps(esp_context *c, int part, int64_t begin, int64_t end)
 {
     const esp_program *p = c->program;
+    unsigned number = c->shared;
     int meet_first = 0;
     for (int64_t sample = begin; sample < end; sample++) {
         const esp_frame frame = frame_of(c, 0, part, sample);
@@ -242,10 +309,11 @@ static void split_steps(esp_context *c, int part, int64_t begin, int64_t end)
             next = s->upto ? s->upto : i + 1;
             if (meet_first || s->parallel || c->profile) esp_team_meet(c->team);
             double start = c->profile && part == 0 ? now_ms() : 0;
+            number++;
             if (s->upto)
-                run_tasks(c, &frame, i, next, part, s->parallel ? c->threads : 1);
+                run_tasks(c, &frame, i, next, part, s->parallel ? c->threads : 1, number);
             else if (s->parallel)
-                s->kernel(s, &frame, part, c->threads);
+                run_share(c, s, &frame, part, number);
             else if (part == 0)
                 s->kernel(s, &frame, 0, 1);
             if (c->profile) esp_team_meet(c->team);
@@ -277,7 +345,7 @@ static void run_wave(esp_context *c, int part, int64_t begin, int count)
             const esp_frame frame = frame_of(c, k, part, begin + k);
             for (int32_t i = first, upto; i < next; i = upto) {
                 upto = p->steps[i].upto > i && p->steps[i].upto <= next ? p->steps[i].upto : i + 1;
-                run_tasks(c, &frame, i, upto, 0, 1);
+                run_tasks(c, &frame, i, upto, 0, 1, 0);
             }
         }
         if (next == p->steps_count) break;
@@ -316,6 +384,7 @@ int esp_run(esp_context *c, int64_t batch, const float *const *inputs, float *co
     c->inputs = inputs;
     c->outputs = outputs;
     esp_team_run(c->team, run_part, c);
+    c->shared += (unsigned)(batch * c->program->steps_count); /* as many as there can have been */
     atomic_flag_clear(&c->busy);
     return ESP_OK;
 }

@@ -72,6 +72,7 @@ typedef struct {
     float *const *outputs;
     const int64_t *input_sizes, *output_sizes;
     int64_t sample;
+    int slice, slices; /* of a share of ESP_CONV: only this one of so many; of others 0 and 1 */
 } esp_frame;
 
 /* Do share `part` of `parts` of a step. */
