@@ -50,6 +50,8 @@ void ESP_NAME(copy)(const esp_step *s, const esp_frame *f, int part, int parts)
     }
 }
 
+enum { MOST_PHASES = 16, PLANES_AHEAD = 4 /* whose rows are fetched early */ };
+
 /* Of `size` places along a side, the first that a phase takes, and behind the last: 0 <= place * stride + from < room. */
 static void inside_of(int64_t size, int64_t stride, int64_t from, int64_t room, int64_t *low, int64_t *high)
 {
@@ -102,6 +104,14 @@ static phase phase_of(const esp_step *s, int64_t n)
     return f;
 }
 
+/* Whether rows of a phase are picked by whole vectors: of every second pixel, with one zero at most on either side. */
+static bool picks(const esp_step *s, const phase *f)
+{
+    const bool own = s->a.space == ESP_ARENA || s->a.space == ESP_SCRATCH; /* what lies behind may be read */
+    return own && s->out.stride[3] == 1 && s->param[GATHER_STRIDE_X] * s->a.stride[3] == 2 && f->low <= 1 &&
+           f->high >= s->out.size[3] - 1;
+}
+
 /* Rows of one phase of one plane: out[y, x] = in[y * sy + y0, x * sx + x0], zero outside the image. */
 static void gather_rows(
     const esp_step *s, const patch *p, float *out, const float *in, const float *end, const phase *f)
@@ -111,8 +121,7 @@ static void gather_rows(
     const int64_t width = s->out.size[3], step = s->out.stride[3], from_step = sx * a->stride[3];
     const int64_t low = f->low, high = f->high, count = high - low;
     int64_t above = f->above, below = f->below;
-    const bool own = a->space == ESP_ARENA || a->space == ESP_SCRATCH; /* what lies behind may be read */
-    if (own && step == 1 && from_step == 2 && low <= 1 && high >= width - 1) {
+    if (picks(s, f)) {
         above = above < p->row ? p->row : above;
         below = below > p->last_row ? p->last_row : below;
         float *to = out + above * s->out.stride[2];
@@ -138,8 +147,25 @@ static void gather_rows(
     }
 }
 
+/* One row of a phase of all planes: where images lie row by row, they lie one behind the other. */
+static void gather_row(const esp_step *s, float *out, const float *in, const phase *f, int64_t row)
+{
+    const esp_operand *a = &s->a, *o = &s->out;
+    const int64_t width = o->size[3], planes = o->size[1];
+    float *to = out + row * o->stride[2];
+    if (row < f->above || row >= f->below) {
+        for (int64_t c = 0; c < planes; c++) zero_floats(to + c * o->stride[1], width);
+        return;
+    }
+    const float *from = in + (row * s->param[GATHER_STRIDE_Y] + f->y0) * a->stride[2] + f->low * 2 + f->x0;
+    if (width <= ESP_WIDTH)
+        pick_short_rows(to, o->stride[1], width, from, a->stride[1], planes, f->low, f->high);
+    else
+        pick_rows(to, o->stride[1], width, from, a->stride[1], planes, f->low, f->high, PLANES_AHEAD * a->stride[1]);
+}
+
 /* Small planes without margins, moved as a whole at stride 1: what lies outside the image is masked. */
-enum { MOST_PIXELS = 2048, AT_ONCE = 8, FARTHEST = 64, MOST_PHASES = 16 };
+enum { MOST_PIXELS = 2048, AT_ONCE = 8, FARTHEST = 64 };
 
 static bool moves_whole(const esp_step *s)
 {
@@ -237,6 +263,11 @@ void ESP_NAME(gather)(const esp_step *s, const esp_frame *f, int part, int parts
         }
         return;
     }
+    bool rows = by_rows(&s->out) && (by_rows(a) || phases > 1) && phases <= MOST_PHASES && p.plane == 0 && p.last_plane == phases * s->out.size[1];
+    for (int64_t n = 0; n < phases && rows; n++) rows = picks(s, &known[n]);
+    for (int64_t row = p.row; row < p.last_row && rows; row++)
+        for (int64_t n = 0; n < phases; n++) gather_row(s, out + n * s->out.stride[0], in, &known[n], row);
+    if (rows) return;
     int64_t c = p.plane / phases, n = p.plane % phases;
     for (int64_t i = p.plane; i < p.last_plane; i++, c += ++n == phases, n = n == phases ? 0 : n) {
         /* all phases of a plane while it is near */
