@@ -136,12 +136,22 @@ def steps(program: Any, example: torch.Tensor, peak: float, runs: int = 7) -> li
     described = {row.step: row for row in program.describe() if row.weights}
     for layer, times in measured.items():
         ms, row = float(np.median(times)), described.get(layer)
-        entry: dict[str, Any] = {"layer": layer, "ms": ms}
+        entry: dict[str, Any] = {"layer": layer, "kind": _kind(program.graph, nodes.get(layer)), "ms": ms}
         if row is not None:
             gflops = 2 * row.nonzeros * pixels[layer] / ms * 1e-6
             entry |= {"gflops": gflops, "of_peak": gflops / peak, "kernel": row.kernel, "format": row.format}
         rows.append(entry)
     return sorted(rows, key=lambda entry: -entry["ms"])
+
+
+def _kind(graph: Any, node: Any) -> str:
+    """What a layer has in common with others that take as long: "3 x 3 /2, 128 -> 128, 28 x 28"."""
+    if node is None or node.op != "conv":
+        return node.op if node is not None else "other"
+    rows, _, *window = graph.values[node.inputs[1]].shape
+    channels, (*_, height, width) = graph.values[node.inputs[0]].shape[1], graph.values[node.outputs[0]].shape
+    stride = f" /{node.attrs['stride'][-1]}" if node.attrs["stride"][-1] > 1 else ""
+    return f"{' x '.join(map(str, window))}{stride}, {channels} -> {rows}, {height} x {width}"
 
 
 def memory_mb(name: str, engine: str) -> float:

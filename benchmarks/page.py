@@ -8,6 +8,7 @@ What stands there was measured by a script here. Cells of a grid that have not b
 from __future__ import annotations
 
 import json
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -142,7 +143,38 @@ def engines(report: dict[str, Any]) -> str:
         names = list(next(iter(held.values())))
         parts.append("Memory that a process holds after a run beyond what it held before, MB, 1 thread, dense:")
         parts.append(table(["network", *names], [[n, *(f"{v:.0f}" for v in row.values())] for n, row in held.items()]))
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in (*parts, layers(report)) if part)
+
+
+def layers(report: dict[str, Any], name: str = "resnet50") -> str:
+    """Where a network's time goes on one thread: layers of one kind added up, at three densities."""
+    row = next((row for row in report["rows"] if (row["network"], row["threads"]) == (name, 1)), None)
+    if row is None or "kind" not in row["variants"]["dense 1.0"]["steps"][0]:
+        return ""
+    shown = ("dense 1.0", "block_punched 0.2", "block_punched 0.05")
+    ms: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    work: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    number = Counter(step["kind"] for step in row["variants"][shown[0]]["steps"])
+    for variant in shown:
+        for step in row["variants"][variant]["steps"]:
+            ms[step["kind"]][variant] += step["ms"]
+            work[step["kind"]][variant] += step.get("gflops", 0) * step["ms"]
+    lines = []
+    for kind in sorted(ms, key=lambda kind: -ms[kind][shown[1]]):
+        line: list[object] = [kind, number[kind]]
+        for variant in shown:
+            spent, peak = ms[kind][variant], row["peak_gflops"]
+            line += [f"{spent:.2f}", f"{100 * work[kind][variant] / spent / peak:.0f} %" if work[kind][variant] else ""]
+        lines.append(line)
+    sums = [sum(ms[kind][variant] for kind in ms) for variant in shown]
+    lines.append(["**all**", "", *(part for total in sums for part in (f"**{total:.1f}**", ""))])
+    headings = ["layers", "number", *(part for variant in shown for part in (f"{variant}, ms", "of peak"))]
+    told = (
+        f"Where {name}'s time goes on one thread, every step timed by itself. Of the peak of {row['peak_gflops']:.0f} "
+        "GFLOP/s only products with weights that are not zero count, as in the plain sum, which is how Winograd's "
+        "algorithm comes to more than 100 %; phases belong to their layer."
+    )
+    return f"{told}\n\n{table(headings, lines)}"
 
 
 def _met(variant: dict[str, Any]) -> str:
