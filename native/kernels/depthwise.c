@@ -45,6 +45,8 @@ ESP_INLINE void finish(const bool plain, vec acc, const ending *e, float *to, co
         store_part(to, acc, count);
 }
 
+enum { LINES_AHEAD = 4 }; /* which are fetched early, to be read and to be written */
+
 /* Rows y..upto of a vector of columns from x on, for a K x K window at stride S. The lines of the image pass by from the
  * top, S in a step, and each is added to all rows of output that it meets: acc[a] is the row that began a steps ago.
  * edge: the ends of lines are in reach. */
@@ -79,6 +81,7 @@ ESP_INLINE void column(const int K, const int S, const bool edge, const bool pla
 #pragma GCC unroll 2
         for (int j = 0; j < S; j++, at++, line += row_stride) {
             if (at >= height) continue;
+            for (int l = 0; l < S; l++) __builtin_prefetch(from[l] + line + LINES_AHEAD * row_stride);
             vec raw[8], taps[8];
 #pragma GCC unroll 8
             for (int l = 0; l < loads; l++) {
@@ -101,6 +104,7 @@ ESP_INLINE void column(const int K, const int S, const bool edge, const bool pla
             }
         }
         if (steps <= first) {
+            __builtin_prefetch(to + LINES_AHEAD * out_stride, 1);
             finish(plain, acc[under_way - 1], &end, to, residual, count);
             to += out_stride;
             if (!plain && residual) residual += residual_stride;
