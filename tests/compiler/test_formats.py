@@ -100,6 +100,7 @@ def test_a_whole_resnet50_packs_in_two_seconds(block: int, density: float) -> No
             shapes += [(planes, inputs), (planes, planes * 9), (planes * 4, planes)]
             inputs = planes * 4
     weights = [matrix(rows, columns, density, block, 0) for rows, columns in shapes]
+
     def seconds(work: Callable[[np.ndarray], object]) -> float:
         start = time.thread_time()  # others may use the machine too
         for w in weights:
