@@ -124,8 +124,8 @@ def published(report: dict[str, Any]) -> str:
 def engines(report: dict[str, Any]) -> str:
     """A table for each number of threads: the rivals' times, ours, and the targets."""
     parts = [
-        "Ratios are of medians. Rows of ResNet-50, MobileNetV2 and ResNet-18 on four threads were measured twice, since "
-        "the machine was shared: of two, the one stands whose times, ours and the rivals', spread less."
+        "Ratios are of medians. Rows of ResNet-50, MobileNetV2 and ResNet-18 on four threads were measured twice: "
+        "since the machine was shared, the one stands whose times, ours and the rivals', spread less."
     ]
     for threads in sorted({row["threads"] for row in report["rows"]}):
         rows = [row for row in report["rows"] if row["threads"] == threads]
