@@ -32,8 +32,7 @@ typedef struct {
     int64_t in[8], out[8], residual[8];
     int lanes[8], stored[8];
     int64_t lone; /* 0, or the place of a pixel behind them, which would have a vector to itself */
-    bool run;    /* the vectors lie one behind the other */
-    bool plain;  /* and all lanes of all are stored */
+    bool plain;  /* the vectors lie one behind the other, and all lanes of all are stored */
     bool masked; /* and those that are no pixels, but side margin, as zeros: `pixels` are the others */
     bool rows;   /* of an image row by row: all lanes are stored, those behind a row as zeros */
     lanes pixels[8];

@@ -41,69 +41,12 @@ struct esp_context {
     float *const *outputs;
 };
 
-uint32_t esp_version(void) { return ESP_VERSION; }
-
 /* of an arena or a scratch, with slack before and behind */
 static int64_t with_slack(int64_t floats) { return floats + 3 * ESP_SLACK + 16; }
 
 int64_t esp_workspace_size(const esp_program *p)
 {
     return p ? (with_slack(p->arena_floats) + with_slack(p->scratch_floats)) * 4 : 0;
-}
-
-int32_t esp_input_count(const esp_program *p) { return p ? p->inputs_count : 0; }
-
-int32_t esp_output_count(const esp_program *p) { return p ? p->outputs_count : 0; }
-
-static const esp_tensor *tensor(const esp_program *p, int32_t i, int output)
-{
-    if (!p || i < 0 || i >= (output ? p->outputs_count : p->inputs_count)) return NULL;
-    return &p->tensors[output ? p->inputs_count + i : i];
-}
-
-static int32_t shape(const esp_tensor *t, int64_t *dims, int32_t capacity)
-{
-    if (!t) return -1;
-    for (int32_t d = 0; dims && d < t->rank && d < capacity; d++) dims[d] = t->dims[d];
-    return t->rank;
-}
-
-const char *esp_input_name(const esp_program *p, int32_t i)
-{
-    const esp_tensor *t = tensor(p, i, 0);
-    return t ? t->name : NULL;
-}
-
-const char *esp_output_name(const esp_program *p, int32_t i)
-{
-    const esp_tensor *t = tensor(p, i, 1);
-    return t ? t->name : NULL;
-}
-
-int32_t esp_input_shape(const esp_program *p, int32_t i, int64_t *dims, int32_t capacity)
-{
-    return shape(tensor(p, i, 0), dims, capacity);
-}
-
-int32_t esp_output_shape(const esp_program *p, int32_t i, int64_t *dims, int32_t capacity)
-{
-    return shape(tensor(p, i, 1), dims, capacity);
-}
-
-int32_t esp_step_count(const esp_program *p) { return p ? p->steps_count : 0; }
-
-static const esp_step *step_at(const esp_program *p, int32_t i)
-{
-    return p && i >= 0 && i < p->steps_count ? &p->steps[i] : NULL;
-}
-
-const char *esp_step_name(const esp_program *p, int32_t i) { return step_at(p, i) ? step_at(p, i)->name : NULL; }
-
-const char *esp_step_note(const esp_program *p, int32_t i) { return step_at(p, i) ? step_at(p, i)->note : NULL; }
-
-const char *esp_step_kernel(const esp_program *p, int32_t i)
-{
-    return step_at(p, i) ? step_at(p, i)->kernel_name : NULL;
 }
 
 void esp_context_free(esp_context *c)
@@ -172,8 +115,8 @@ static int make_claims(esp_context *c)
         bands += p->steps[i].task ? p->steps[i].bands + 1 : 0;
         most = bands > most ? bands : most;
     }
-    return posix_memalign((void **)&c->claims, 64, (size_t)most * sizeof *c->claims) == 0 &&
-           memset(c->claims, 0, (size_t)most * sizeof *c->claims);
+    c->claims = esp_pages((size_t)most * sizeof *c->claims);
+    return c->claims != NULL;
 }
 
 int esp_context_create(
@@ -401,7 +344,7 @@ int esp_profile(esp_context *c, int on)
 
 double esp_step_ms(const esp_context *c, int32_t i)
 {
-    if (!c || !step_at(c->program, i)) return 0;
+    if (!c || !esp_step_at(c->program, i)) return 0;
     const esp_step *s = &c->program->steps[i];
     double sum = 0;
     for (int part = 0; part < c->threads; part++) sum += c->step_ms[(int64_t)part * c->program->steps_count + i];

@@ -161,6 +161,12 @@ struct esp_program {
     esp_step *steps;
 };
 
+/* NULL, where there is none */
+static inline const esp_step *esp_step_at(const esp_program *p, int32_t i)
+{
+    return p && i >= 0 && i < p->steps_count ? &p->steps[i] : NULL;
+}
+
 static inline const float *esp_source(const esp_operand *o, const esp_frame *f)
 {
     switch (o->space) {

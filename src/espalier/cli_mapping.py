@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -217,8 +217,13 @@ def search_command(
             longer, finals = replace(score, epochs=final_epochs, images=None), folder / f"finals-{final_epochs}.jsonl"
             tell(console, f"the {finalists} best, and the rule's plan, are retrained for {final_epochs} epochs")
             taken = final(space, longer, finals, known, limit_ms=limit, count=finalists, **shared)
-    _save(space.plan(taken.picked), folder / "plan.toml")
-    title = f"{model}: the front of {len(known)} trials"
+    plan = space.plan(taken.picked)
+    _tell_found(console, known, taken, plan, folder, f"{model}: the front of {len(known)} trials")
+
+
+def _tell_found(console: Console, known: Sequence[Trial], taken: Trial, plan: Plan, folder: Path, title: str) -> None:
+    """The trial that was taken: its plan in a file, the others around it in a picture."""
+    _save(plan, folder / "plan.toml")
     drawn = _drawn(lambda: draw_trials(known, folder / "front.png", title))
     found = f"{taken.accuracy:.2f} % held out at {taken.latency_ms:.4g} ms by the table"
     tell(console, f"best of {len(known)} trials: {found}; written to {folder / 'plan.toml'}{drawn}")

@@ -130,9 +130,7 @@ def compress(
     recipe = dataclasses.replace(recipe or Recipe(), **given)  # type: ignore[arg-type]
     processes = Processes(devices, num_nodes, strategy, accelerator)
     targets = Targets(speedup, latency_ms, size_mb, macs, max_drop)
-    for name, count, least in (("epochs", epochs, 0), ("dense_epochs", dense_epochs, 0), ("threads", threads, 1)):
-        if count is not None and count < least:
-            raise TrainingError(f"{name} is {count}, expected {least} or more")
+    _expect_at_least(epochs=(epochs, 0), dense_epochs=(dense_epochs, 0), threads=(threads, 1))
     threads = threads or torch.get_num_threads()
     if isinstance(plan, (str, Path)):
         plan = Plan.load(plan)
@@ -150,10 +148,7 @@ def compress(
     )
     seed_everything(seed)
     loaded = load_data(data, data_root) if isinstance(data, str) else data
-    network = build(model, classes=loaded.classes) if isinstance(model, str) else copy.deepcopy(model)
-    if weights is not None:
-        load_weights(network, weights)
-    example = torch.zeros(1, *loaded.shape)
+    network, example = _begun(model, loaded, weights), torch.zeros(1, *loaded.shape)
     graph = capture(network, example)
     mapped = plan
     if split is not None:
@@ -176,10 +171,30 @@ def compress(
     report = work.team.first(lambda: _measured(job, outcome, small, density, known, threads, split, predicted))
     work.write_text("report.json", json.dumps(report, indent=1))
     if work.team.leads:
-        print_summary(report, work.path)
-        if "targets" in report:
-            print_targets([TargetRow(**row) for row in report["targets"]["rows"]])
+        _told(report, work.path)
     return Result(small, report, work.path)
+
+
+def _expect_at_least(**counts: tuple[int | None, int]) -> None:
+    """Refuse a count below its least, by its name."""
+    for name, (count, least) in counts.items():
+        if count is not None and count < least:
+            raise TrainingError(f"{name} is {count}, expected {least} or more")
+
+
+def _begun(model: str | nn.Module, data: Data, weights: str | Path | None) -> nn.Module:
+    """The dense network, ours to change, with its weights where they are given."""
+    network = build(model, classes=data.classes) if isinstance(model, str) else copy.deepcopy(model)
+    if weights is not None:
+        load_weights(network, weights)
+    return network
+
+
+def _told(report: dict[str, Any], path: Path) -> None:
+    """The report in short, and what was asked for against what was reached."""
+    print_summary(report, path)
+    if "targets" in report:
+        print_targets([TargetRow(**row) for row in report["targets"]["rows"]])
 
 
 def _settings(asked: Mapping[str, Any]) -> dict[str, Any]:

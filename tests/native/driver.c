@@ -2,11 +2,13 @@
  *
  *   driver run FILE...                   every program at several threads and batches; the same bits each time
  *   driver attack SEED ROUNDS FILE...    damaged programs: an error with a message, or a run
- *   driver race FILE...                  many callers of one program, with contexts of their own and one that they share
+ *   driver race FILE...                  many callers of one program, with contexts of their own and one that they share;
+ *                                        prints how many runs they had
  *
  * Inputs and outputs have exactly the size that the program states, so that a float too far is seen. With SHORT_OUTPUTS
  * they are one float too short: then every sanitizer run must end with a report. */
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -218,6 +220,8 @@ static void attack(const bytes *good, int rounds, int *refused, int *ran)
 }
 
 static esp_context *common;
+static atomic_int runs;
+static atomic_int finished;
 
 /* Runs of one program: with a context of its own, and with one that others want too. */
 static void *caller(void *argument)
@@ -232,6 +236,8 @@ static void *caller(void *argument)
         if (esp_run(own, 1 + round, (const float *const *)e.inputs, e.outputs)) die("race", "refused to run");
         int code = esp_run(common, 1 + round, (const float *const *)e.inputs, e.outputs);
         if (code != ESP_OK && code != ESP_BUSY) die("race", esp_code_name(code));
+        atomic_fetch_add(&runs, 1 + (code == ESP_OK));
+        atomic_fetch_add(&finished, 1);
         free_ends(&e);
     }
     esp_context_free(own);
@@ -256,9 +262,10 @@ int main(int argc, char **argv)
     if (argc < 3) die("usage", "driver run|attack|race ...");
     if (!strcmp(argv[1], "run"))
         for (int i = 2; i < argc; i++) run_file(argv[i]);
-    else if (!strcmp(argv[1], "race"))
+    else if (!strcmp(argv[1], "race")) {
         for (int i = 2; i < argc; i++) race(argv[i]);
-    else if (!strcmp(argv[1], "attack") && argc > 4) {
+        printf("%d\n", atomic_load(&runs));
+    } else if (!strcmp(argv[1], "attack") && argc > 4) {
         int refused = 0, ran = 0;
         state = strtoull(argv[2], NULL, 10);
         for (int i = 4; i < argc; i++) {

@@ -20,6 +20,7 @@ from espalier.graph.capture import capture
 from espalier.runtime.engine import isas
 from tests.native.builds import build, missing
 
+CALLERS, ROUNDS_OF_A_CALLER = 4, 4  # of driver.c
 ROUNDS = int(os.environ.get("ESPALIER_FUZZ_ROUNDS", "250"))
 ISAS = [isa.name for isa in isas() if isa.supported]
 
@@ -206,8 +207,11 @@ def test_damaged_programs_in_clean_memory(memory, programs, isa) -> None:
 
 
 def test_many_callers_without_races(threads, programs) -> None:
-    run(threads, "run", *programs)
-    run(threads, "race", *programs)
+    kernels = run(threads, "run", *programs).split()
+    assert {kernel.split("/")[0] for kernel in kernels} == set(STEP_OPS)
+    runs = int(run(threads, "race", *programs))
+    own = CALLERS * ROUNDS_OF_A_CALLER * len(programs)
+    assert own + len(programs) <= runs <= 2 * own  # of the shared context each had one at least, or was told to wait
 
 
 def test_a_float_too_far_is_found(memory, programs) -> None:
