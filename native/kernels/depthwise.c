@@ -1,9 +1,9 @@
 /* Depthwise convolution: every output channel has one window of its own over one input channel.
  *
  * Planes are read as they lie, without margins: at the ends of a row lanes outside the image are read, but not added; rows
- * outside it are skipped. Under square windows of the usual sizes at stride 1 and 2 the rows of a column of vectors pass by, each loaded
- * once and added to all rows of output that it meets; every other window takes the general way. An output is the sum of its
- * taps in the order of the window whichever way it is made, so results do not depend on tile or thread. */
+ * outside it are skipped. Under square windows of the usual sizes at stride 1 and 2 the rows of a column of vectors pass
+ * by, each loaded once and added to all rows of output that it meets; every other window takes the general way. An output
+ * is the sum of its taps in the order of the window whichever way it is made, so results do not depend on tile or thread. */
 #include <math.h>
 #include <stdbool.h>
 
@@ -19,6 +19,41 @@ typedef struct {
     float *out;
     float bias;
 } channel;
+
+/* A vector of a row of output: where in a line of the image its taps begin, and which of their lanes lie in the image. The
+ * same for all rows and channels. edge: some lie outside, or it is no whole vector. */
+typedef struct {
+    int64_t x, from[8];
+    int count;
+    bool edge;
+    lanes inside[8];
+} span;
+
+enum { SPANS = 16 };
+
+/* Vectors a step needs of a line: stride 2 takes pairs, which give an even and an odd tap. */
+ESP_INLINE int loads_of(const int K, const int S) { return S == 1 ? K : 2 * ((K + 1) / 2); }
+
+/* The spans of a row from x on, at most SPANS, for K x K windows at stride S: how many. K is 0 for any other window. */
+static int plan_spans(const esp_step *s, const int K, const int S, int64_t x, span *spans)
+{
+    const int64_t width = s->a.size[3], out_width = s->out.size[3], loads = loads_of(K, S);
+    const int64_t behind = S == 1 ? ESP_WIDTH + K - 1 : 2 * ESP_WIDTH + loads - 2;
+    int count = 0;
+    for (; x < out_width && count < SPANS; x += ESP_WIDTH) {
+        span *p = &spans[count++];
+        const int64_t left = x * S - s->param[DEPTHWISE_PAD_X], rest = out_width - x;
+        p->x = x;
+        p->edge = left < 0 || left + behind > width;
+        p->count = rest < ESP_WIDTH ? (int)rest : ESP_WIDTH;
+        for (int l = 0; l < loads; l++) {
+            const int64_t place = left + (S == 1 ? l : l / 2 * 2 + l % 2 * ESP_WIDTH);
+            p->from[l] = p->edge ? reach_of(place, width).at : place;
+        }
+        for (int k = 0; k < K; k++) p->inside[k] = reach_by(left + k, S, width);
+    }
+    return count;
+}
 
 /* What follows a sum: limits that leave it as it is where there is no activation, or an activation that is called for. */
 typedef struct {
@@ -47,33 +82,26 @@ ESP_INLINE void finish(const bool plain, vec acc, const ending *e, float *to, co
 
 enum { LINES_AHEAD = 4 }; /* which are fetched early, to be read and to be written */
 
-/* Rows y..upto of a vector of columns from x on, for a K x K window at stride S. The lines of the image pass by from the
- * top, S in a step, and each is added to all rows of output that it meets: acc[a] is the row that began a steps ago.
- * edge: the ends of lines are in reach. */
+/* Rows y..upto of a span, for a K x K window at stride S. The lines of the image pass by from the top, S in a step, and
+ * each is added to all rows of output that it meets: acc[a] is the row that began a steps ago. */
 ESP_INLINE void column(const int K, const int S, const bool edge, const bool plain, const channel *c, const ending *e,
-    const vec *w, int64_t x, int64_t y, int64_t upto)
+    const vec *w, const span *p, int64_t y, int64_t upto)
 {
     const esp_step *s = c->step;
-    const int under_way = (K + S - 1) / S, loads = S == 1 ? K : 2 * ((K + 1) / 2); /* stride 2: pairs of vectors give an
-                                                                                     even and an odd tap */
+    const int under_way = (K + S - 1) / S, loads = loads_of(K, S), count = edge ? p->count : ESP_WIDTH;
     const int64_t row_stride = s->a.stride[2], out_stride = s->out.stride[2], residual_stride = s->b.stride[2];
-    const int64_t left = x * S - s->param[DEPTHWISE_PAD_X], rest = s->out.size[3] - x;
-    const int count = edge && rest < ESP_WIDTH ? (int)rest : ESP_WIDTH;
     const uint64_t height = (uint64_t)s->a.size[2];
     uint64_t at = (uint64_t)(y * S - s->param[DEPTHWISE_PAD_Y]); /* above the image it is more than any height */
     int64_t line = (int64_t)at * row_stride, steps = upto - y + under_way - 1, first = steps - under_way;
-    const float *from[8], *residual = c->residual ? c->residual + y * residual_stride + x : NULL;
-    float *to = c->out + y * out_stride + x;
+    const float *from[8], *residual = c->residual ? c->residual + y * residual_stride + p->x : NULL;
+    float *to = c->out + y * out_stride + p->x;
     const vec bias = splat(c->bias);
     const ending end = *e;
     lanes inside[8];
 #pragma GCC unroll 8
-    for (int l = 0; l < loads; l++) {
-        const int64_t place = left + (S == 1 ? l : l / 2 * 2 + l % 2 * ESP_WIDTH);
-        from[l] = c->in + (edge ? reach_of(place, s->a.size[3]).at : place);
-    }
+    for (int l = 0; l < loads; l++) from[l] = c->in + p->from[l];
 #pragma GCC unroll 8
-    for (int k = 0; k < K && edge; k++) inside[k] = reach_by(left + k, S, s->a.size[3]);
+    for (int k = 0; k < K && edge; k++) inside[k] = p->inside[k];
     vec acc[8];
 #pragma GCC unroll 8
     for (int a = 0; a < under_way; a++) acc[a] = bias;
@@ -115,44 +143,40 @@ ESP_INLINE void column(const int K, const int S, const bool edge, const bool pla
     }
 }
 
-/* Rows y..upto for a K x K window at stride S. */
-ESP_INLINE void window(const int K, const int S, const channel *c, int64_t y, int64_t upto)
+/* Rows y..upto of all spans, for a K x K window at stride S. */
+ESP_INLINE void window(
+    const int K, const int S, const channel *c, const ending *e, const span *spans, int count, int64_t y, int64_t upto)
 {
-    const esp_step *s = c->step;
-    const ending e = ending_of(s);
-    const int64_t width = s->a.size[3], out_width = s->out.size[3], pad = s->param[DEPTHWISE_PAD_X];
-    const int64_t behind = S == 1 ? ESP_WIDTH + K - 1 : 2 * ESP_WIDTH + 2 * ((K + 1) / 2) - 2;
-    const bool plain = !c->residual && e.kind == ESP_LINEAR_ACT;
+    const bool plain = !c->residual && e->kind == ESP_LINEAR_ACT;
     vec w[49];
 #pragma GCC unroll 49
     for (int k = 0; k < K * K; k++) {
         w[k] = splat(c->weights[k]);
         if (K == 3) ESP_KEEP(w[k]);
     }
-    for (int64_t x = 0; x < out_width; x += ESP_WIDTH) {
-        const bool edge = x * S < pad || x * S - pad + behind > width;
-        if (edge && plain)
-            column(K, S, true, true, c, &e, w, x, y, upto);
-        else if (edge)
-            column(K, S, true, false, c, &e, w, x, y, upto);
+    for (const span *p = spans; p < spans + count; p++) {
+        if (p->edge && plain)
+            column(K, S, true, true, c, e, w, p, y, upto);
+        else if (p->edge)
+            column(K, S, true, false, c, e, w, p, y, upto);
         else if (plain)
-            column(K, S, false, true, c, &e, w, x, y, upto);
+            column(K, S, false, true, c, e, w, p, y, upto);
         else
-            column(K, S, false, false, c, &e, w, x, y, upto);
+            column(K, S, false, false, c, e, w, p, y, upto);
     }
 }
 
-typedef void (*rows_function)(const channel *, int64_t y, int64_t upto);
+typedef void (*rows_function)(
+    const channel *c, const ending *e, const span *spans, int count, int64_t y, int64_t upto);
 
-/* The general way: rows of any window. */
-static void rows_of_any(const channel *c, int64_t first, int64_t upto)
+/* The general way: rows of any window, at all spans. */
+static void rows_of_any(const channel *c, const ending *e, const span *spans, int spans_count, int64_t first, int64_t upto)
 {
     const esp_step *s = c->step;
     const int64_t *p = s->param, stride = p[DEPTHWISE_STRIDE_X], width = s->a.size[3];
-    const ending e = ending_of(s);
     for (int64_t y = first; y < upto; y++) {
-        for (int64_t x = 0; x < s->out.size[3]; x += ESP_WIDTH) {
-            const int64_t count = s->out.size[3] - x < ESP_WIDTH ? s->out.size[3] - x : ESP_WIDTH;
+        for (const span *n = spans; n < spans + spans_count; n++) {
+            const int64_t x = n->x, count = n->count;
             vec acc = splat(c->bias);
             for (int64_t i = 0; i < p[DEPTHWISE_WINDOW_Y]; i++) {
                 const int64_t from = y * p[DEPTHWISE_STRIDE_Y] - p[DEPTHWISE_PAD_Y] + i * p[DEPTHWISE_DILATION_Y];
@@ -171,7 +195,7 @@ static void rows_of_any(const channel *c, int64_t first, int64_t upto)
                     acc += splat(weights[k]) * pixels;
                 }
             }
-            finish(false, acc, &e, c->out + y * s->out.stride[2] + x,
+            finish(false, acc, e, c->out + y * s->out.stride[2] + x,
                 c->residual ? c->residual + y * s->b.stride[2] + x : NULL, (int)count);
         }
     }
@@ -184,7 +208,11 @@ typedef struct {
 } window_rows;
 
 #define ROWS(K, S) \
-    static void rows_##K##_##S(const channel *c, int64_t y, int64_t upto) { window(K, S, c, y, upto); }
+    static void rows_##K##_##S( \
+        const channel *c, const ending *e, const span *spans, int count, int64_t y, int64_t upto) \
+    { \
+        window(K, S, c, e, spans, count, y, upto); \
+    }
 ROWS(3, 1) ROWS(3, 2) ROWS(5, 1) ROWS(5, 2) ROWS(7, 1) ROWS(7, 2)
 static const window_rows windows[] = {
     {3, 1, rows_3_1}, {3, 2, rows_3_2}, {5, 1, rows_5_1}, {5, 2, rows_5_2}, {7, 1, rows_7_1}, {7, 2, rows_7_2},
@@ -208,14 +236,20 @@ void ESP_NAME(depthwise)(const esp_step *s, const esp_frame *f, int part, int pa
     const float *in = esp_source(&s->a, f), *residual = s->b.space ? esp_source(&s->b, f) : NULL;
     float *out = esp_target(&s->out, f);
     const rows_function rows = function_for(p);
+    const ending e = ending_of(s);
     const patch own = share_planes(&s->out, part, parts, false);
-    const int64_t most = 8 + NEAR_FLOATS / (s->a.size[3] * p[DEPTHWISE_STRIDE_Y]);
-    for (int64_t number = own.plane; number < own.last_plane; number++) {
-        const int64_t source = p[DEPTHWISE_MULTIPLIER] == 1 ? number : number / p[DEPTHWISE_MULTIPLIER];
-        const channel c = {s, in + source * s->a.stride[1], residual ? residual + number * s->b.stride[1] : NULL,
-            s->values + number * taps, out + number * s->out.stride[1], s->bias ? s->bias[number] : 0.0f};
-        for (int64_t y = own.row; y < own.last_row; y += most)
-            rows(&c, y, y + most < own.last_row ? y + most : own.last_row);
-        for (int64_t y = own.row; s->margins && y < own.last_row; y++) zero_margin(s, out, number, y);
+    const int64_t most = 8 + NEAR_FLOATS / (s->a.size[3] * p[DEPTHWISE_STRIDE_Y]), width = s->out.size[3];
+    for (int64_t x = 0; x < width; x += SPANS * ESP_WIDTH) {
+        span spans[SPANS];
+        const int count = plan_spans(s, rows == rows_of_any ? 0 : (int)p[DEPTHWISE_WINDOW_X], (int)p[DEPTHWISE_STRIDE_X], x, spans);
+        for (int64_t number = own.plane; number < own.last_plane; number++) {
+            const int64_t source = p[DEPTHWISE_MULTIPLIER] == 1 ? number : number / p[DEPTHWISE_MULTIPLIER];
+            const channel c = {s, in + source * s->a.stride[1], residual ? residual + number * s->b.stride[1] : NULL,
+                s->values + number * taps, out + number * s->out.stride[1], s->bias ? s->bias[number] : 0.0f};
+            for (int64_t y = own.row; y < own.last_row; y += most)
+                rows(&c, &e, spans, count, y, y + most < own.last_row ? y + most : own.last_row);
+            const bool behind = x + SPANS * ESP_WIDTH >= width; /* nothing of the row is left */
+            for (int64_t y = own.row; behind && s->margins && y < own.last_row; y++) zero_margin(s, out, number, y);
+        }
     }
 }

@@ -46,14 +46,18 @@ static bool same_sizes(const esp_operand *x, const esp_operand *y)
     return true;
 }
 
-/* The output lies in the arena, an output or, of a conv, the scratch, holds no more elements than its space (so that a
+/* An arena or a scratch: both have slack, where vectors may touch what lies beside. */
+static bool has_slack(const esp_operand *o) { return o->space == ESP_ARENA || o->space == ESP_SCRATCH; }
+
+/* The output lies in the arena, an output or, of a conv of either kind, the scratch, holds no more elements than its space (so that a
  * step's work is bounded), and so do its margins: rows and planes in ascending order, room before the first and behind
  * the last plane. */
 static bool writable(const esp_program *p, const esp_step *s)
 {
     const esp_operand *o = &s->out;
     int64_t count = 1, end, row;
-    if (o->space != ESP_ARENA && o->space != ESP_OUTPUT && (o->space != ESP_SCRATCH || s->op != ESP_CONV)) return false;
+    const bool own = o->space == ESP_SCRATCH && (s->op == ESP_CONV || s->op == ESP_DEPTHWISE);
+    if (o->space != ESP_ARENA && o->space != ESP_OUTPUT && !own) return false;
     if (!readable(p, o)) return false;
     for (int d = 0; d < 4; d++)
         if (__builtin_mul_overflow(count, o->size[d], &count) || count > room(p, o)) return false;
@@ -133,7 +137,7 @@ static const char *check_conv(const esp_program *p, const esp_step *s)
             return "more work than can be shared out";
     }
     /* tails read up to ESP_SLACK floats more, which every arena has behind its end */
-    if (s->a.space != ESP_ARENA || !multiply_add(segments - 1, s->param[CONV_IN_STRIDE], length - 1, &reach) ||
+    if (!has_slack(&s->a) || !multiply_add(segments - 1, s->param[CONV_IN_STRIDE], length - 1, &reach) ||
         !indices_within(p, s, reach))
         return "a column lies outside the arena";
     if (row_padding(s) < 0) return "rows of its output overlap";
@@ -183,8 +187,7 @@ static const char *check_depthwise(const esp_program *p, const esp_step *s)
         if (!within(w[i], i == DEPTHWISE_PAD_Y || i == DEPTHWISE_PAD_X ? 0 : 1, 1 << 20)) return "impossible window";
     if (!readable(p, &s->a) || s->a.size[0] != 1 || size[0] != 1 || s->a.size[3] > 1 << 30) return "impossible source";
     if (size[3] > 1 << 30 || s->out.stride[3] != 1 || s->a.stride[3] != 1) return "its rows are no rows of pixels";
-    /* loads of whole vectors may touch what lies beside: an arena and the scratch have room there */
-    if ((s->a.space != ESP_ARENA && s->a.space != ESP_SCRATCH) || s->out.space != ESP_ARENA) return "it reads or writes outside the arena";
+    if (!has_slack(&s->a) || !has_slack(&s->out)) return "it reads or writes outside the arena";
     if (__builtin_mul_overflow(s->a.size[1], multiplier, &channels) || channels != size[1]) return "channels disagree";
     taps = w[DEPTHWISE_WINDOW_Y] * w[DEPTHWISE_WINDOW_X];
     if (__builtin_mul_overflow(taps, size[1], &count) || count != s->values_count) return "weights and channels disagree";

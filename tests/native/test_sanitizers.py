@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from espalier.compiler import bands, depth_first, emit_winograd
+from espalier.compiler import bands, depth_first, emit_winograd, row_bands
 from espalier.compiler.lower import lower
 from espalier.compiler.program import STEP_OPS
 from espalier.graph.capture import capture
@@ -125,6 +125,8 @@ NETWORKS = {
     "sparse": (lambda: sparse(nn.Sequential(nn.Conv2d(8, 37, 3, padding=1), nn.Conv2d(37, 5, 1)), 0.2), (8, 15, 17)),
     "windows": (windows, (4, 43, 57)),
     "groups": (lambda: inverted(44, 2), (4, 30, 31)),
+    "bands of wide rows": (lambda: inverted(44, 2), (4, 30, 31)),
+    "bands of narrow rows": (lambda: inverted(24, 1), (4, 28, 14)),
     "bands": (lambda: bottlenecks(0.3), (16, 31, 29)),
     "strided": (strided, (3, 33, 31)),
     "pools": (Pools, (3, 19, 43)),
@@ -145,7 +147,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder, paths = tmp_path_factory.mktemp("programs"), []
     patch = pytest.MonkeyPatch()
     patch.setattr(bands, "LARGE_FLOATS", 10_000)
-    patch.setattr(depth_first, "LARGE_BYTES", 100_000)
+    patch.setattr(depth_first, "LARGE_BYTES", 37_000)
+    patch.setattr(row_bands, "_FETCH", 100.0)
     patch.setattr(depth_first, "GROUP_BYTES", 60_000)
     patch.setattr(emit_winograd, "_BAND_FLOATS", 36 * 64 * 15)
     patch.setattr(emit_winograd, "_TRANSFORM_CYCLES", 0.0)
@@ -153,7 +156,10 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for name, (make, shape) in NETWORKS.items():
         torch.manual_seed(0)
         paths.append(folder / name)
-        paths[-1].write_bytes(lower(capture(make().eval(), torch.randn(2, *shape))).to_bytes())
+        threads = 3 if name.endswith(" rows") else 1
+        program = lower(capture(make().eval(), torch.randn(2, *shape)), threads)
+        assert any(s.op == "depthwise" and s.out.space == "scratch" for s in program.steps) == (threads > 1), name
+        paths[-1].write_bytes(program.to_bytes())
     patch.undo()
     return paths
 

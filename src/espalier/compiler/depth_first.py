@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from espalier.compiler.row_bands import goes_by_rows
 from espalier.compiler.window import is_depthwise
 from espalier.graph.ir import Graph, Node, Value
 
@@ -23,11 +24,12 @@ _UNIT = 8  # channels: groups keep blocks of rows whole
 _THREADS = 4  # of which a few should be able to share the groups evenly
 
 
-def depth_first(graph: Graph) -> Graph:
+def depth_first(graph: Graph, threads: int = 1) -> Graph:
     """The same outputs with wide tensors before depthwise convolutions in groups of channels.
 
-    graph: fused. Node names get "/0", "/1" ... behind them; attrs["fused"] says which node each group is of,
-    attrs["task"] which nodes are a task; tasks whose numbers follow each other may be done at once.
+    Those that `row_bands` makes row by row for so many threads are left whole. graph: fused. Node names get "/0", "/1"
+    ... behind them; attrs["fused"] says which node each group is of, attrs["task"] which nodes are a task; tasks whose
+    numbers follow each other may be done at once.
     """
     producer, readers = graph.producer(), graph.readers()
     values, tensors = dict(graph.values), dict(graph.tensors)
@@ -37,7 +39,9 @@ def depth_first(graph: Graph) -> Graph:
         if source is None or not is_depthwise(graph, node) or not _whole(graph, source, node):
             continue
         x = source.outputs[0]
-        if len(readers[x]) == 1 and x not in graph.outputs and _size_bytes(graph, x) >= LARGE_BYTES:
+        if len(readers[x]) != 1 or x in graph.outputs or _size_bytes(graph, x) < LARGE_BYTES:
+            continue
+        if not goes_by_rows(graph, source, node, threads):
             split[node.name] = source
     if not split:
         return graph

@@ -13,6 +13,7 @@ from espalier.compiler.layout import Place
 from espalier.compiler.memory import Interval, allocate, in_place
 from espalier.compiler.plan_layout import plan_layout
 from espalier.compiler.program import Operand, Program, Step, TensorSpec, dense_strides
+from espalier.compiler.row_bands import through_rows
 from espalier.compiler.samples import follows, track
 from espalier.compiler.support import LOWERINGS, why_not
 from espalier.errors import CompileError
@@ -32,8 +33,8 @@ class Piece:
     code: bytes = b""
 
 
-def lower(graph: Graph) -> Program:
-    """The program of a whole graph, fused or not.
+def lower(graph: Graph, threads: int = 1) -> Program:
+    """The program of a whole graph, fused or not. threads: that it is meant for; any number can run it.
 
     Raises CompileError, naming nodes and their place in the user's code, where the engine cannot run all of it
     (`split` hands those parts to PyTorch).
@@ -50,11 +51,13 @@ def lower(graph: Graph) -> Program:
     if refused:
         raise CompileError("the engine cannot run all of this graph: " + "; ".join(refused[:5]))
     fused = any("activation" in node.attrs for node in graph.nodes)
-    return _program(graph if fused else fuse(graph), batch)
+    return _program(graph if fused else fuse(graph), batch, threads)
 
 
-def split(graph: Graph) -> tuple[Piece, ...]:
+def split(graph: Graph, threads: int = 1) -> tuple[Piece, ...]:
     """The whole graph as pieces in the order in which they run: as few as a greedy order gives.
+
+    threads: that its programs are meant for; any number can run them.
 
     Values that depend on no input are computed before, so that no piece runs for them.
     """
@@ -67,18 +70,18 @@ def split(graph: Graph) -> tuple[Piece, ...]:
         part = subgraph(graph, nodes)
         why = tuple((n.name, reasons[n.name]) for n in nodes if reasons[n.name])
         if native and any(LOWERINGS[n.op].fresh for n in nodes) and not _strange_ends(part, batch):
-            program = _program(fuse(part), batch)
+            program = _program(fuse(part), batch, threads)
             pieces.append(Piece(part, program.without_arrays(), code=program.to_bytes()))
         else:
             pieces.append(Piece(part, None, why))
     return tuple(pieces)
 
 
-def native_nodes(graph: Graph) -> Iterator[tuple[Graph, Node]]:
+def native_nodes(graph: Graph, threads: int = 1) -> Iterator[tuple[Graph, Node]]:
     """The conv and linear nodes that the engine will run, each with the fused graph that it is part of."""
-    for piece in split(graph):
+    for piece in split(graph, threads):
         if piece.program is not None:
-            part = depth_first(fuse(piece.graph))
+            part = depth_first(fuse(piece.graph), threads)
             yield from ((part, node) for node in part.nodes if node.op in ("conv", "linear"))
 
 
@@ -155,9 +158,9 @@ def subgraph(graph: Graph, nodes: Sequence[Node], kept: Sequence[str] = ()) -> G
     )
 
 
-def _program(graph: Graph, batch: int) -> Program:
+def _program(graph: Graph, batch: int, threads: int = 1) -> Program:
     """Steps for a fused graph that the engine can run."""
-    graph = depth_first(graph)
+    graph = depth_first(graph, threads)
     fresh = {name for node in graph.nodes if LOWERINGS[node.op].fresh for name in node.outputs}
     samples = track(graph, batch)
     layout = plan_layout(graph, graph.nodes, graph.inputs, fresh, samples.shapes)
@@ -171,15 +174,18 @@ def _program(graph: Graph, batch: int) -> Program:
         shape = layout.shapes[name]
         out = Place(shape, dense_strides(shape), space="output", index=index)
         e.copy(e.places[name], out, f"{name}/output")
-    steps, size, scratch_size = _in_arena(e)
+    steps, size, scratch_size = _in_arena(e, threads)
     inputs, outputs = (tuple(TensorSpec(n, layout.shapes[n]) for n in names) for names in (graph.inputs, graph.outputs))
     return Program(inputs, outputs, steps, size, scratch_size)
 
 
-def _in_arena(e: Emitter) -> tuple[tuple[Step, ...], int, int]:
+def _in_arena(e: Emitter, threads: int) -> tuple[tuple[Step, ...], int, int]:
     """Steps whose operands lie in one arena or the scratch, and the sizes of both in bytes."""
+    e.steps, made = through_rows(e.steps, threads)
+    e.storages |= made
     e.steps, own = _tasks(e.steps)
     e.steps = through_bands(e.steps)
+    scratch, scratch_size = _in_scratch(e.steps, {name: e.storages[name].size_bytes for name in own})
     renamed = in_place(e.steps, {name: s.size_bytes for name, s in e.storages.items()})
     e.steps = [_with_storages(step, renamed) for step in e.steps]
     alive: dict[str, tuple[int, int]] = {}
@@ -193,11 +199,22 @@ def _in_arena(e: Emitter) -> tuple[tuple[Step, ...], int, int]:
         if not operand.storage:
             return operand
         if operand.storage in own:
-            return replace(operand, space="scratch", storage="")
+            return replace(operand, space="scratch", offset=operand.offset + scratch[operand.storage] // 4, storage="")
         return replace(operand, offset=operand.offset + arena.offsets[operand.storage] // 4, storage="")
 
     steps = [replace(s, out=settled(s.out), a=settled(s.a), b=settled(s.b)) for s in e.steps]
-    return tuple(steps), arena.size_bytes, max((e.storages[name].size_bytes for name in own), default=0)
+    return tuple(steps), arena.size_bytes, scratch_size
+
+
+def _in_scratch(steps: Sequence[Step], sizes: dict[str, int], align: int = 64) -> tuple[dict[str, int], int]:
+    """Where the storages of tasks lie in a thread's scratch, each task's behind one another; and how large it is."""
+    offsets, ends = dict[str, int](), dict[int, int]()
+    for step in steps:
+        for name in _storages(step):
+            if name in sizes and name not in offsets:
+                offsets[name] = ends.get(step.task, 0)
+                ends[step.task] = offsets[name] + -(-sizes[name] // align) * align
+    return offsets, max(ends.values(), default=0)
 
 
 def _tasks(steps: list[Step]) -> tuple[list[Step], set[str]]:

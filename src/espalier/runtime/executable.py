@@ -97,7 +97,7 @@ class Executable:
             # views are told from copies, also inside the caller's inference mode
             chosen = choosing(tuned(graph, self.threads)) if tune else nullcontext()
             with torch.inference_mode(False), torch.no_grad(), chosen:
-                pieces = split(graph)
+                pieces = split(graph, self.threads)
         self._batch = batch_of(graph)
         self._takes = [_Taken.of(graph.values[name]) for name in graph.inputs]
         self._runners = [Native(p, self.threads) if p.program else InTorch(p) for p in pieces]

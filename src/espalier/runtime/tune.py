@@ -36,7 +36,7 @@ def tuned(graph: Graph, threads: int, shelf: Shelf | None = None) -> blocks.Choo
     known = shelf.read()
     fresh: dict[str, float] = {}
     fastest: dict[str, str] = {}
-    for part, node in native_nodes(graph):
+    for part, node in native_nodes(graph, threads):
         seen = _Seen()
         with blocks.choosing(seen):
             program_of(alone(part, node))
