@@ -5,7 +5,8 @@
 
 Random weights and one-shot magnitude masks (accuracy is another benchmark): block-punched 8 x 4 at every layer that
 can take it, single weights for "unstructured", 1 x 1 windows only in MobileNetV2. Rivals run the unpruned network: they
-gain nothing from zeros. Batch 1, fp32, equal threads; medians and quartiles of interleaved rounds.
+gain nothing from zeros. Batch 1, fp32, equal threads; medians and quartiles of interleaved rounds. How many times the
+fastest rival's speed a variant has is the median of the ratios within each round.
 
 A row is one network at one number of threads. Rows that stand in the JSON are not measured again (--again does), so a
 run that was stopped goes on where it was. Beside the times stand the arithmetic peak of the machine in that moment, the
@@ -103,7 +104,7 @@ def measure(name: str, threads: int, rivals: tuple[str, ...], rounds: int) -> di
         row = variants[variant.name]
         row |= dataclasses.asdict(timings[variant.name])
         row |= {"at_least": variant.at_least, "aim": variant.aim}
-        row["achieved"] = timings[fastest].median_ms / timings[variant.name].median_ms
+        row["achieved"] = timings[variant.name].times_faster(timings[fastest])
         row["steps"] = steps(compiled[variant.name], example, peak)
     return {
         "network": name,

@@ -72,7 +72,7 @@ def _run(program, x: torch.Tensor, threads: int) -> torch.Tensor:
 
 
 def test_one_thread_makes_a_window_and_what_is_behind_it_in_bands(monkeypatch) -> None:
-    monkeypatch.setattr(row_bands, "OWN_FLOATS", 1 << 12)
+    monkeypatch.setattr(row_bands, "WINDOW_FLOATS", 1 << 12)
     steps = lower(capture(Inverted(24).eval(), torch.randn(1, 3, 56, 56))).steps
     tasks = {step.layer: step.task for step in steps if step.task}
     assert {"conv2d_1", "conv2d_2"} <= set(tasks) and "conv2d" not in tasks

@@ -22,6 +22,7 @@ from espalier.compiler.window import is_depthwise, window
 from espalier.graph.ir import Graph, Node
 
 OWN_FLOATS = 1 << 18  # of a band's own tensors, at most: a good part of the second cache
+WINDOW_FLOATS = 1 << 16  # without a convolution before, which would make rows twice
 LARGE_FLOATS = 1 << 17  # of a depthwise output, from which one thread makes it in bands, too
 _LEAST_ROWS = 3  # of a band with a convolution before: below, its neighbours' rows cost too much
 # In the time of a product of a weight and a vector: to have a float from another core, and a row of a depthwise window.
@@ -80,7 +81,8 @@ class Extent:
         own += 0 if self.before is None else self.channels * math.prod(self.source)
         least = 1 if self.before is None else _LEAST_ROWS
         counts = [count for count in range(threads, rows // least + 1, threads) if count > 1]
-        small = [count for count in counts if own <= count * OWN_FLOATS] or counts[-1:]
+        limit = WINDOW_FLOATS if self.before is None else OWN_FLOATS
+        small = [count for count in counts if own <= count * limit] or counts[-1:]
         if not small:
             return []
         count = min(small, key=lambda count: (-(-rows // count) * count, count))

@@ -23,6 +23,7 @@ class Timing:
     """Milliseconds of one call: median and quartiles over the rounds.
 
     cores: how many processor cores were busy meanwhile, on average: what a claim about threads can be checked with.
+    each_ms: of every round, in their order; rounds of two candidates in one run belong together.
     """
 
     median_ms: float
@@ -30,11 +31,22 @@ class Timing:
     high_ms: float
     rounds: int
     cores: float = float("nan")
+    each_ms: tuple[float, ...] = ()
 
     @property
     def spread_ms(self) -> float:
         """The distance between the quartiles."""
         return self.high_ms - self.low_ms
+
+    def times_faster(self, other: Timing) -> float:
+        """How many times the speed of `other` this is, in the same run: the median over the rounds.
+
+        A round's two times are taken within a second, so that a machine which slows down for a while slows both.
+
+        >>> Timing(2, 2, 2, 3, each_ms=(1.0, 2.0, 2.0)).times_faster(Timing(4, 4, 4, 3, each_ms=(3.0, 4.0, 9.0)))
+        3.0
+        """
+        return float(np.median(np.divide(other.each_ms, self.each_ms)))
 
 
 def bench(
@@ -88,7 +100,8 @@ def _measured(call: Callable[[], object], calls: int) -> tuple[float, float]:
 def _timing(measured: list[tuple[float, float]]) -> Timing:
     wall, busy = np.array(measured).T
     low, median, high = np.percentile(wall * 1e3, [25, 50, 75])
-    return Timing(float(median), float(low), float(high), len(measured), float(busy.sum() / max(1e-9, wall.sum())))
+    cores, each = float(busy.sum() / max(1e-9, wall.sum())), tuple(round(ms, 5) for ms in (wall * 1e3).tolist())
+    return Timing(float(median), float(low), float(high), len(measured), cores, each)
 
 
 def machine() -> dict[str, str | int]:
