@@ -9,8 +9,10 @@ gain nothing from zeros. Batch 1, fp32, equal threads; medians and quartiles of 
 fastest rival's speed a variant has is the median of the ratios within each round.
 
 A row is one network at one number of threads. Rows that stand in the JSON are not measured again (--again does), so a
-run that was stopped goes on where it was. Beside the times stand the arithmetic peak of the machine in that moment, the
-useful share of it that every step reaches, compile times, and how much memory an engine holds after a run.
+run that was stopped goes on where it was. On a machine that others use, too, rows can be measured several times
+(--steadier): the one stands whose times, ours and the rivals', spread least. Beside the times stand the arithmetic
+peak of the machine in that moment, the useful share of it that every step reaches, compile times, and how much memory
+an engine holds after a run.
 """
 
 from __future__ import annotations
@@ -118,6 +120,12 @@ def measure(name: str, threads: int, rivals: tuple[str, ...], rounds: int) -> di
     }
 
 
+def unrest(row: dict[str, Any]) -> float:
+    """The mean distance between the quartiles of a row's times, ours and the rivals', as a share of their medians."""
+    times = [*row["variants"].values(), *row["rivals"].values()]
+    return float(np.mean([(t["high_ms"] - t["low_ms"]) / t["median_ms"] for t in times]))
+
+
 def steps(program: Any, example: torch.Tensor, peak: float, runs: int = 7) -> list[dict[str, Any]]:
     """What every layer takes, most first, and its useful arithmetic (that of the weights that are not zero)."""
     measured: defaultdict[str, list[float]] = defaultdict(list)
@@ -200,6 +208,7 @@ def main() -> None:
     parser.add_argument("--rivals", default=",".join(RIVALS))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--again", action="store_true", help="measure rows anew that stand in the results")
+    parser.add_argument("--steadier", action="store_true", help="measure them anew, and keep the steadier ones")
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory of the engines")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -217,8 +226,12 @@ def main() -> None:
     for name in a.networks.split(","):
         for threads in map(int, a.threads.split(",")):
             found = [r for r in results["rows"] if (r["network"], r["threads"]) == (name, threads)]
-            if a.again or not found:
+            if a.again or a.steadier or not found:
                 row = measure(name, threads, rivals, a.rounds)
+                row["passes"] = 1
+                if a.steadier and found:
+                    row["passes"] = passes = found[0].get("passes", 1) + 1
+                    row = min({**found[0], "passes": passes}, row, key=unrest)
                 results["rows"] = [r for r in results["rows"] if r not in found] + [row]
                 save()
                 found = [row]

@@ -123,9 +123,18 @@ def published(report: dict[str, Any]) -> str:
 
 def engines(report: dict[str, Any]) -> str:
     """A table for each number of threads: the rivals' times, ours, and the targets."""
+    again = [f"{r['network']} on {r['threads']} ({r['passes']})" for r in report["rows"] if r.get("passes", 1) > 1]
+    whole = [r for r in report["rows"] if not next(iter(r["variants"].values())).get("each_ms")]
+    older = ", ".join(f"{r['network']} on {r['threads']}" for r in whole)
     parts = [
-        "Ratios are of medians. Rows of ResNet-50, MobileNetV2 and ResNet-18 on four threads were measured twice: "
-        "since the machine was shared, the one stands whose times, ours and the rivals', spread less."
+        "Times are medians; a ratio is the median of the ratios within each round, which takes all engines in turns."
+        + (f" Rows measured before rounds were kept have the ratio of medians: {older}." if whole else "")
+        + (
+            "\n\nThe machine was shared. Of rows measured more than once the one stands whose times, ours and the "
+            f"rivals', spread least (network on threads, in brackets how often): {', '.join(again)}."
+            if again
+            else ""
+        )
     ]
     for threads in sorted({row["threads"] for row in report["rows"]}):
         rows = [row for row in report["rows"] if row["threads"] == threads]

@@ -3,7 +3,12 @@
     cmake -S OLD_CHECKOUT -B old && cmake --build old      # libespalier.so of another commit
     python benchmarks/turns.py OLD_CHECKOUT/src/espalier/_native/libespalier.so --networks resnet50,vgg16 --threads 1,4
 
-Both run the same programs, those that the compiler writes now, so only the engine differs. One round is a few runs of
+Both run the same programs, those that the compiler writes now, so only the engine differs. Or the engine is the same,
+and what is compared is what programs gain that are meant for as many threads as run them:
+
+    python benchmarks/turns.py --compiled-for 1 --networks mobilenetv2 --threads 2,4 --results rows.json
+
+One round is a few runs of
 the one, then a few of the other; the ratio is the median over rounds of the ratio within a round, which neighbours on
 a shared machine disturb little. Networks and masks are those of benchmarks/engines.py.
 """
@@ -70,15 +75,23 @@ def in_turns(calls: list[Callable[[], None]], seconds: float) -> np.ndarray:
     return np.array(rounds)
 
 
-def measure(name: str, threads: list[int], builds: list[ModuleType], seconds: float) -> list[dict[str, Any]]:
-    """Rows of the results: every variant of a network at every number of threads."""
+def measure(
+    name: str, threads: list[int], builds: list[ModuleType], compiled_for: list[int], seconds: float
+) -> list[dict[str, Any]]:
+    """Rows of the results: every variant of a network at every number of threads.
+
+    compiled_for: how many threads the programs before and after are meant for; 0: as many as run them.
+    """
     rows = []
     for variant in TARGETS[name]:
         module, example = network(name, variant)
-        ((_, loaded),) = es.compile(module, example, threads=1).loaded()
-        program, x = loaded.to_bytes(), example.numpy()
+        x = example.numpy()
         for count in threads:
-            pairs = [bound(build, program, count, x) for build in builds]
+            programs = []
+            for meant in compiled_for:
+                ((_, loaded),) = es.compile(module, example, threads=meant or count).loaded()
+                programs.append(loaded.to_bytes())
+            pairs = [bound(build, program, count, x) for build, program in zip(builds, programs)]
             before, after = (output for _, output in pairs)
             assert np.abs(before - after).max() <= 1e-4 * np.abs(before).max(), f"{name}, {variant.name}: they disagree"
             ms = in_turns([call for call, _ in pairs], seconds)
@@ -99,18 +112,24 @@ def measure(name: str, threads: list[int], builds: list[ModuleType], seconds: fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path, help="libespalier.so of another commit")
+    parser.add_argument("before", type=Path, nargs="?", help="libespalier.so of another commit; default: the same")
+    parser.add_argument(
+        "--compiled-for", type=int, help="threads that programs before are meant for; default: both for 1"
+    )
     parser.add_argument("--after", type=Path, default=library_path(), help="default: the one that the package uses")
     parser.add_argument("--networks", default=",".join(TARGETS))
     parser.add_argument("--threads", default="1,4")
     parser.add_argument("--seconds", type=float, default=8.0, help="for each row")
     parser.add_argument("--results", type=Path, default=RESULTS)
     a = parser.parse_args()
-    builds = [engine(a.before.resolve()), engine(a.after.resolve())]
+    if a.before is None and a.compiled_for is None:
+        parser.error("nothing to compare: give another build of the engine, or --compiled-for 1")
+    builds = [engine((a.before or a.after).resolve()), engine(a.after.resolve())]
+    compiled_for = [1, 1] if a.compiled_for is None else [a.compiled_for, 0]
     threads = [int(count) for count in a.threads.split(",")]
     rows: list[dict[str, Any]] = []
     for name in a.networks.split(","):
-        rows += measure(name, threads, builds, a.seconds)
+        rows += measure(name, threads, builds, compiled_for, a.seconds)
         a.results.write_text(json.dumps({"machine": es.machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 

@@ -97,6 +97,13 @@ def test_a_result_that_windows_read_is_not_made_in_bands() -> None:
     assert not any("scratch" in (step.out.space, step.a.space) for step in steps if step.layer == "conv2d_2")
 
 
+def test_a_batch_is_shared_by_samples() -> None:
+    network = Inverted(24).eval()
+    programs = [lower(capture(network, torch.randn(batch, 3, 56, 56)), 3) for batch in (2, 3)]
+    found = [sum(step.layer == "conv2d" for step in p.steps) for p in programs]
+    assert found == [3, 1]
+
+
 def extent(**changes) -> Extent:
     given = {"before": 1000, "behind": 1000, "channels": 576, "source": (14, 14), "out": (14, 14)}
     return Extent(**{**given, "size": 3, "stride": 1, "pad": 1, "dilation": 1, **changes})

@@ -81,7 +81,7 @@ def native_nodes(graph: Graph, threads: int = 1) -> Iterator[tuple[Graph, Node]]
     """The conv and linear nodes that the engine will run, each with the fused graph that it is part of."""
     for piece in split(graph, threads):
         if piece.program is not None:
-            part = depth_first(fuse(piece.graph), threads)
+            part = depth_first(fuse(piece.graph), _sharing(batch_of(graph), threads))
             yield from ((part, node) for node in part.nodes if node.op in ("conv", "linear"))
 
 
@@ -99,6 +99,11 @@ def batch_of(graph: Graph) -> int:
     """Size of dimension 0 of the inputs at which the graph was captured; 0 where there is none."""
     shapes = [graph.values[name].shape for name in graph.inputs if graph.values[name].shape]
     return shapes[0][0] if shapes else 0
+
+
+def _sharing(batch: int, threads: int) -> int:
+    """How many threads share a sample; 1 where each takes whole samples. Captured batches of 1 are told as 2."""
+    return 1 if batch > 2 and batch >= threads else threads
 
 
 def _strange_ends(graph: Graph, batch: int) -> list[str]:
@@ -160,6 +165,7 @@ def subgraph(graph: Graph, nodes: Sequence[Node], kept: Sequence[str] = ()) -> G
 
 def _program(graph: Graph, batch: int, threads: int = 1) -> Program:
     """Steps for a fused graph that the engine can run."""
+    threads = _sharing(batch, threads)
     graph = depth_first(graph, threads)
     fresh = {name for node in graph.nodes if LOWERINGS[node.op].fresh for name in node.outputs}
     samples = track(graph, batch)

@@ -254,6 +254,8 @@ def compile(
     """Make a network ready to run on this machine's engine.
 
     model: a module, captured in eval mode on `example_inputs`; or a graph, which needs none.
+    example_inputs: any batch size can be run afterwards; of three samples or more, and as many as threads, what is made
+        is best for such batches, where each thread takes whole samples.
     threads: for one call; default: all cores.
     tune: measure here which format runs each layer fastest, instead of estimating. Takes seconds to a minute the first
         time; measurements are kept in $ESPALIER_CACHE or the platform's place for caches.
