@@ -217,8 +217,8 @@ def _band(chain: Chain, bands: Sequence[Rows], number: int, task: int, made: dic
         index = index // window.out.strides[1] * middle.strides[1]
     moved = replace(behind, a=middle, b=_rows(behind.b, first, upto), arrays={**behind.arrays, "index": index})
     steps.append(_conv(moved, _rows(behind.out, first, upto)))
-    counted = {} if number == 0 else {"weights": 0, "nonzeros": 0}  # once is enough
-    return [replace(step, name=f"{step.name}/{number}", task=task, **counted) for step in steps]
+    named = [replace(step, name=f"{step.name}/{number}", task=task) for step in steps]
+    return named if number == 0 else [replace(step, weights=0, nonzeros=0) for step in named]  # once is enough
 
 
 def _rows(operand: Operand, first: int, upto: int) -> Operand:
