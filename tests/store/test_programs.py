@@ -65,7 +65,7 @@ def test_another_engine_compiles_again(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.undo()
     calls: list[object] = []
     whole = executable_file.split
-    monkeypatch.setattr(executable_file, "split", lambda graph: calls.append(graph) or whole(graph))
+    monkeypatch.setattr(executable_file, "split", lambda graph, threads: calls.append(graph) or whole(graph, threads))
     torch.testing.assert_close(es.load(tmp_path / "net.esp")(x), model(x), rtol=1e-4, atol=1e-5)
     assert len(calls) == 1
 
