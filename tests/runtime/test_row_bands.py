@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -116,6 +118,11 @@ def test_rows_that_windows_read() -> None:
     assert extent(source=(28, 28), stride=2).read((3, 7)) == (5, 14)
     assert extent(size=5, pad=2).read((4, 7)) == (2, 9)
     assert extent(pad=2, dilation=2).read((4, 7)) == (2, 9)
+
+
+def test_bands_that_would_read_nothing() -> None:
+    far = extent(size=1, pad=20, source=(14, 14), out=(54, 54))
+    assert far.read((0, 13)) == (0, -7) and not far.bands(4) and not replace(far, before=None).bands(1)
 
 
 def test_what_is_left_over_goes_to_the_ends(monkeypatch) -> None:

@@ -60,6 +60,8 @@ class Extent:
     def bands(self, threads: int) -> list[Rows]:
         """The rows of the output in bands that so many threads can share evenly; none where that does not pay."""
         bands = self._cut(threads)
+        if any(b <= a for a, b in map(self.read, bands)):
+            return []  # so far outside the image that there is nothing to read
         if threads == 1:
             return bands if self.before is None and self.channels * math.prod(self.out) >= LARGE_FLOATS else []
         share = self._time(self.source[0], self.out[0]) / threads + _FETCH * self.channels * math.prod(self.out)
