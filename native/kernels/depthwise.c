@@ -170,7 +170,8 @@ typedef void (*rows_function)(
     const channel *c, const ending *e, const span *spans, int count, int64_t y, int64_t upto);
 
 /* The general way: rows of any window, at all spans. */
-static void rows_of_any(const channel *c, const ending *e, const span *spans, int spans_count, int64_t first, int64_t upto)
+static void rows_of_any(
+    const channel *c, const ending *e, const span *spans, int spans_count, int64_t first, int64_t upto)
 {
     const esp_step *s = c->step;
     const int64_t *p = s->param, stride = p[DEPTHWISE_STRIDE_X], width = s->a.size[3];
@@ -236,12 +237,13 @@ void ESP_NAME(depthwise)(const esp_step *s, const esp_frame *f, int part, int pa
     const float *in = esp_source(&s->a, f), *residual = s->b.space ? esp_source(&s->b, f) : NULL;
     float *out = esp_target(&s->out, f);
     const rows_function rows = function_for(p);
+    const int K = rows == rows_of_any ? 0 : (int)p[DEPTHWISE_WINDOW_X], S = (int)p[DEPTHWISE_STRIDE_X];
     const ending e = ending_of(s);
     const patch own = share_planes(&s->out, part, parts, false);
     const int64_t most = 8 + NEAR_FLOATS / (s->a.size[3] * p[DEPTHWISE_STRIDE_Y]), width = s->out.size[3];
     for (int64_t x = 0; x < width; x += SPANS * ESP_WIDTH) {
         span spans[SPANS];
-        const int count = plan_spans(s, rows == rows_of_any ? 0 : (int)p[DEPTHWISE_WINDOW_X], (int)p[DEPTHWISE_STRIDE_X], x, spans);
+        const int count = plan_spans(s, K, S, x, spans);
         for (int64_t number = own.plane; number < own.last_plane; number++) {
             const int64_t source = p[DEPTHWISE_MULTIPLIER] == 1 ? number : number / p[DEPTHWISE_MULTIPLIER];
             const channel c = {s, in + source * s->a.stride[1], residual ? residual + number * s->b.stride[1] : NULL,

@@ -52,6 +52,14 @@ def test_every_window_around_the_edges_of_its_tiles(isa, case, check_network) ->
         assert any(row.kernel == f"depthwise/{isa}" for row in executable.describe())
 
 
+@pytest.mark.parametrize("case", WINDOWS, ids=str)
+def test_rows_longer_than_what_is_planned_at_once(isa, case, check_network) -> None:
+    """SPANS vectors of native/kernels/depthwise.c: an output of one vector more, with a ragged end, at any stride."""
+    most = 16 * WIDTH[isa]
+    for width in (most - 1, most, most + 1, 2 * most + 5):
+        check_network(nn.Sequential(depthwise(*case), nn.ReLU(), depthwise(3, 1, 1, 1)), (5, 9, width))
+
+
 @pytest.mark.parametrize("kind", ["empty", "survivor", "dense"])
 def test_weights_with_zeros(isa, kind, check_network) -> None:
     for stride in (1, 2):

@@ -72,8 +72,10 @@ def test_weights_that_change_are_noticed() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     fast, x = torch.compile(model, backend=backend), torch.randn(3, 4)
     with torch.no_grad():
-        close(fast(x), model(x))
+        before = fast(x)
+        close(before, model(x))
         model[0].weight.mul_(2)
+        assert not torch.equal(fast(x), before)
         close(fast(x), model(x))
         model[2].weight = nn.Parameter(torch.randn(2, 8))
         close(fast(x), model(x))

@@ -41,7 +41,7 @@ def depth_first(graph: Graph, threads: int = 1) -> Graph:
         x = source.outputs[0]
         if len(readers[x]) != 1 or x in graph.outputs or _size_bytes(graph, x) < LARGE_BYTES:
             continue
-        if not goes_by_rows(graph, source, node, threads):
+        if not goes_by_rows(graph, readers, source, node, threads):
             split[node.name] = source
     if not split:
         return graph

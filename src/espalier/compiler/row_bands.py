@@ -10,7 +10,7 @@ is made.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -96,9 +96,8 @@ class Extent:
         return list(pairwise(ends))
 
 
-def goes_by_rows(graph: Graph, source: Node, node: Node, threads: int) -> bool:
+def goes_by_rows(graph: Graph, readers: Mapping[str, Sequence[Node]], source: Node, node: Node, threads: int) -> bool:
     """Whether a depthwise node and the convolution before it are left whole for bands of rows by so many threads."""
-    readers = graph.readers()
     behind = readers[node.outputs[0]]
     if threads < 2 or len(behind) != 1 or node.outputs[0] in graph.outputs or len(node.inputs) > 3:
         return False
