@@ -78,14 +78,21 @@ class Zero(Snap):
         return structure.spread(~chosen, w.shape, conv_groups)
 
 
-@dataclass(frozen=True)
-class KeepLargest(Snap):
-    """N:M sparsity: the `keep` largest of every group stay; ties go to the first entry."""
-
-    keep: int
+class Keep(Snap):
+    """Pruning within groups: what a group's `support` leaves stays as it is."""
 
     def nearest(self, matrix: Tensor) -> Tensor:
         return masked(matrix, self.support(matrix))
+
+    def apply(self, w: Tensor, structure: Structure, conv_groups: int, chosen: Tensor) -> Tensor:
+        return masked(w, self.mask(w, structure, conv_groups, chosen))  # masks are lighter to permute than weights
+
+
+@dataclass(frozen=True)
+class KeepLargest(Keep):
+    """N:M sparsity: the `keep` largest of every group stay; ties go to the first entry."""
+
+    keep: int
 
     def support(self, matrix: Tensor) -> Tensor:
         size = matrix.shape[1]
@@ -98,7 +105,7 @@ class KeepLargest(Snap):
             later = (columns[k] > columns[j]).view(torch.int8)
             larger[j] += later
             larger[k] += 1 - later
-        return (larger < self.keep).T.contiguous()
+        return (larger < self.keep).T
 
 
 # Eight patterns of four of the nine positions of a 3 x 3 kernel: the centre, and three neighbours of it.
@@ -118,7 +125,7 @@ FOUR_OF_NINE: tuple[tuple[int, ...], ...] = (
 
 
 @dataclass(frozen=True)
-class BestPattern(Snap):
+class BestPattern(Keep):
     """The pattern out of a set that keeps the most of a kernel's squared weight.
 
     patterns: for each the kernel positions (row by row, from 0) that live.
@@ -139,9 +146,6 @@ class BestPattern(Snap):
             table[row, list(positions)] = 1
         return table
 
-    def nearest(self, matrix: Tensor) -> Tensor:
-        return masked(matrix, self.support(matrix))
-
     def support(self, matrix: Tensor) -> Tensor:
         table = self._table(matrix)
         best = (matrix.float().square() @ table.T).argmax(1)
@@ -160,32 +164,28 @@ class EqualMagnitude(Snap):
     skips_dead: ClassVar[bool] = True
 
     def nearest(self, matrix: Tensor) -> Tensor:
-        return matrix.sign() * _mean(matrix.abs().sum(1), (matrix != 0).sum(1))[:, None]
+        return matrix.sign() * (matrix.abs().sum(1) / (matrix != 0).sum(1).clamp_min(1))[:, None]
 
     def support(self, matrix: Tensor) -> Tensor:
         return torch.ones_like(matrix, dtype=torch.bool)
 
     def loss(self, w: Tensor, structure: Structure, conv_groups: int) -> Tensor:
-        total, count = _sums(w, structure, conv_groups)
-        return (structure.sum(w.square(), conv_groups) - _mean(total, count) * total).clamp_min_(0)
+        total = structure.sum(w.abs(), conv_groups)
+        mean = total / _counts(w, structure, conv_groups, bool(w.all()))
+        return (structure.sum(w.square(), conv_groups) - mean.mul_(total)).clamp_min_(0)
 
     def apply(self, w: Tensor, structure: Structure, conv_groups: int, chosen: Tensor) -> Tensor:
-        mean = _mean(*_sums(w, structure, conv_groups))
-        tied = w.sign() * structure.spread(masked(mean, chosen), w.shape, conv_groups)
-        return tied + masked(w, structure.spread(~chosen, w.shape, conv_groups))
+        full = bool(w.all())  # as it mostly is
+        mean = structure.sum(w.abs(), conv_groups) / _counts(w, structure, conv_groups, full)
+        tied = structure.spread(masked(mean, chosen), w.shape, conv_groups).copysign(w)
+        free = masked(w, structure.spread(~chosen, w.shape, conv_groups))
+        return free.add_(tied if full else masked(tied, w != 0))
 
     def mask(self, w: Tensor, structure: Structure, conv_groups: int, chosen: Tensor) -> Tensor:
         return torch.ones_like(w, dtype=torch.bool)
 
 
-def _sums(w: Tensor, structure: Structure, conv_groups: int) -> tuple[Tensor, Tensor]:
-    """The sum of magnitudes and the number of entries that are not zero, each ``[groups]``."""
-    if bool(w.all()):  # as it mostly is: the count is known
-        count = structure.group_sizes(w.shape, conv_groups).to(w)
-    else:
-        count = structure.sum(w.sign().square_(), conv_groups)
-    return structure.sum(w.abs(), conv_groups), count
-
-
-def _mean(total: Tensor, count: Tensor) -> Tensor:
-    return total / count.clamp_min(1)
+def _counts(w: Tensor, structure: Structure, conv_groups: int, full: bool) -> Tensor:
+    """The number of entries that are not zero, ``[groups]``, at least 1; full: none is zero."""
+    counts = structure.group_sizes(w.shape, conv_groups) if full else structure.sum(w.sign().square_(), conv_groups)
+    return counts.to(w).clamp_min(1)

@@ -22,6 +22,8 @@ from torch.nn import functional as F
 
 from espalier.errors import SchemeError
 
+SHORT = 16  # weights of a group that a product sums no worse than a sum would
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -52,6 +54,9 @@ class Structure:
     def sum(self, w: Tensor, conv_groups: int = 1) -> Tensor:
         """``groups(w).sum(1)``, shape ``[groups]``, without making the matrix."""
         view = self._view(w, conv_groups)
+        if w.is_floating_point() and self._runs(w.shape, conv_groups):  # short rows: a product is twice as fast
+            matrix = rearrange(view, self.pattern, **self.blocks)
+            return matrix @ matrix.new_ones(matrix.shape[1])
         return reduce(view, f"{self._left} -> {self._group_axes}", "sum", **self.blocks)
 
     def spread(self, vector: Tensor, shape: torch.Size, conv_groups: int = 1) -> Tensor:
@@ -80,8 +85,22 @@ class Structure:
         return re.findall(r"\([^)]*\)|\S+", self._left)
 
     @cached_property
+    def _halves(self) -> list[str]:
+        """The axes of groups and those within a group: ``["(g O i y x)", "m"]``."""
+        return re.findall(r"\([^)]*\)|\S+", self._right)
+
+    @property
     def _group_axes(self) -> str:
-        return re.findall(r"\([^)]*\)|\S+", self._right)[0]
+        return self._halves[0]
+
+    def _runs(self, shape: torch.Size, conv_groups: int) -> bool:
+        """Whether every group is a short run of neighbours in memory."""
+        sizes = self._sizes(shape, conv_groups)
+        left, right, members = (
+            [letter for letter in re.findall(r"\w+", axes) if sizes[letter] > 1]
+            for axes in (self._left, self._right, self._halves[1])
+        )
+        return left == right and math.prod(sizes[letter] for letter in members) <= SHORT
 
     def _block(self, axis: str) -> int:
         """The number by which the size of an axis must divide: its block letter's size."""
