@@ -19,8 +19,6 @@ typedef struct {
     int sided;    /* as in `spots` */
 } cut;
 
-static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /* Which lanes are pixels: all but the side margins. */
 static void mask_margins(spots *at, const esp_step *s, int64_t first, int count)
 {

@@ -18,6 +18,8 @@ static inline void share(int64_t count, int part, int parts, int64_t *begin, int
     *end = count * (part + 1) / parts;
 }
 
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 static inline void zero_floats(float *p, int64_t count)
 {
     if (count > 8)

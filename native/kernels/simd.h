@@ -190,6 +190,17 @@ ESP_INLINE vec last_lanes(vec a, vec b)
     return __builtin_shuffle(a, b, ESP_LANES / 2 + ESP_LANES % 2 * ESP_WIDTH + ESP_WIDTH / 2);
 }
 
+/* v[0][0], v[1][0], v[2][0], v[3][0], v[0][1], ... */
+ESP_INLINE void interleave(const vec v[4], vec out[4])
+{
+    const vec low = first_lanes(v[0], v[2]), high = last_lanes(v[0], v[2]);
+    const vec low_odd = first_lanes(v[1], v[3]), high_odd = last_lanes(v[1], v[3]);
+    out[0] = first_lanes(low, low_odd);
+    out[1] = last_lanes(low, low_odd);
+    out[2] = first_lanes(high, high_odd);
+    out[3] = last_lanes(high, high_odd);
+}
+
 /* in every lane the one before it, and the one behind it; the first and the last hold anything */
 ESP_INLINE vec lanes_before(vec a) { return __builtin_shuffle(a, (ESP_LANES + ESP_WIDTH - 1) % ESP_WIDTH); }
 ESP_INLINE vec lanes_behind(vec a) { return __builtin_shuffle(a, (ESP_LANES + 1) % ESP_WIDTH); }

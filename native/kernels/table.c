@@ -31,6 +31,7 @@ DECLARE(winograd_out);
 DECLARE(norm);
 DECLARE(matmul);
 DECLARE(resize);
+DECLARE(stem);
 
 #if ESP_WIDTH == 16
 enum { NEEDS = ESP_HAS_AVX512 | ESP_HAS_AVX2 | ESP_HAS_FMA, PRIORITY = 30 };
@@ -70,5 +71,6 @@ const esp_kernel_row ESP_NAME(esp_rows)[] = {
     PLAIN(ESP_NORM, norm),
     PLAIN(ESP_MATMUL, matmul),
     PLAIN(ESP_RESIZE, resize),
+    PLAIN(ESP_STEM, stem),
     {0, 0, 0, 0, 0, 0},
 };

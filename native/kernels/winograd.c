@@ -89,12 +89,7 @@ ESP_INLINE void finish(
     const esp_step *s, const vec phases[4], float bias, float *to, const float *residual, int64_t count)
 {
     vec row[4];
-    const vec low = first_lanes(phases[0], phases[2]), high = last_lanes(phases[0], phases[2]);
-    const vec low_odd = first_lanes(phases[1], phases[3]), high_odd = last_lanes(phases[1], phases[3]);
-    row[0] = first_lanes(low, low_odd);
-    row[1] = last_lanes(low, low_odd);
-    row[2] = first_lanes(high, high_odd);
-    row[3] = last_lanes(high, high_odd);
+    interleave(phases, row);
     for (int v = 0; v < 4 && count > 0; v++, count -= ESP_WIDTH) {
         const int lanes = count < ESP_WIDTH ? (int)count : ESP_WIDTH;
         vec z = row[v] + bias;

@@ -239,6 +239,21 @@ static const char *check_winograd_out(const esp_program *p, const esp_step *s)
     return NULL;
 }
 
+static const char *check_stem(const esp_program *p, const esp_step *s)
+{
+    const int64_t *w = s->param, blocks = (s->out.size[1] + ESP_STEM_HEIGHT - 1) / ESP_STEM_HEIGHT;
+    if (!readable(p, &s->a) || s->a.size[0] != 1 || s->a.size[1] > ESP_STEM_CHANNELS || s->a.stride[3] != 1)
+        return "impossible source";
+    if (s->out.size[0] != 1 || s->out.stride[3] != 1) return "its rows are no rows of pixels";
+    if (!within(w[STEM_WINDOW_Y], 1, ESP_STEM_WINDOW) || !within(w[STEM_PAD_Y], 0, ESP_STEM_WINDOW) ||
+        !within(w[STEM_PAD_X], 0, ESP_STEM_WINDOW))
+        return "impossible window";
+    if (s->values_count != blocks * ESP_STEM_HEIGHT * ESP_STEM_POINTS * 2 * s->a.size[1] * w[STEM_WINDOW_Y])
+        return "weights and channels disagree";
+    if (s->bias_count != 0 && s->bias_count != s->out.size[1]) return "bias and channels disagree";
+    return NULL;
+}
+
 static const char *check_pool(const esp_program *p, const esp_step *s)
 {
     if (!readable(p, &s->a) || s->a.size[0] != 1 || s->out.size[0] != 1 || s->a.size[1] != s->out.size[1])
@@ -329,6 +344,7 @@ int esp_check_step(const esp_program *program, const esp_step *step, int32_t num
         case ESP_GATHER: problem = check_gather(program, step); break;
         case ESP_WINOGRAD_IN: problem = check_winograd_in(program, step); break;
         case ESP_WINOGRAD_OUT: problem = check_winograd_out(program, step); break;
+        case ESP_STEM: problem = check_stem(program, step); break;
         case ESP_POOL:
         case ESP_ADAPTIVE: problem = check_pool(program, step); break;
         case ESP_MATMUL: problem = check_matmul(program, step); break;

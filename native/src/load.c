@@ -211,6 +211,7 @@ static int64_t step_work(const esp_step *s)
     if (s->op == ESP_CONV) return s->values_count * s->param[CONV_SEGMENTS] * s->param[CONV_LENGTH] / 8;
     if (s->op == ESP_LINEAR) return s->values_count * s->param[LINEAR_POSITIONS] / 4;
     if (s->op == ESP_DEPTHWISE) taps = s->values_count / s->out.size[1] / 2 + 1;
+    if (s->op == ESP_STEM) return s->values_count * s->out.size[2] * ((s->out.size[3] + 3) / 4) / 8;
     if (s->op == ESP_MATMUL) taps = s->a.size[3] / 8 + 1;
     if (s->op == ESP_NORM) taps = 4;
     if (s->op == ESP_POOL) taps = s->param[POOL_WINDOW_Y] * s->param[POOL_WINDOW_X];

@@ -25,6 +25,7 @@ enum esp_op {
     ESP_NORM,   /* over the last dimension; act_a is epsilon */
     ESP_MATMUL, /* of two activations; act_a is a factor */
     ESP_RESIZE, /* up-sampling, nearest or bilinear */
+    ESP_STEM,   /* a window at stride 2 over few channels */
     ESP_OPS_END,
 };
 
@@ -52,6 +53,10 @@ enum { ESP_SLACK = 256 };
 
 /* Row-blocks of conv whose vectors run along the rows: their height, and the longest segment that they take. */
 enum { ESP_LANES_HEIGHT = 32, ESP_LANES_PIXELS = 256 };
+
+/* What a stem can be: channels that it reads, rows and columns of its window; and the points of its products, and how many
+ * filters lie side by side in its weights: by such blocks, points, channels, even columns and odd, rows, filters. */
+enum { ESP_STEM_CHANNELS = 4, ESP_STEM_WINDOW = 8, ESP_STEM_POINTS = 7, ESP_STEM_HEIGHT = 8 };
 
 /* How far a pooling window may reach, in either direction. */
 enum { ESP_POOL_REACH = 2048 };
@@ -122,6 +127,7 @@ enum {
     DEPTHWISE_DILATION_X,
     DEPTHWISE_MULTIPLIER, /* output channels per input channel */
 };
+enum { STEM_WINDOW_Y = 0, STEM_PAD_Y, STEM_PAD_X };
 enum { BINARY_KIND = 0 }; /* 0 add, 1 subtract, 2 multiply, 3 divide */
 enum { SOFTMAX_LOG = 0 };
 

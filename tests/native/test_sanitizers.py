@@ -131,6 +131,8 @@ NETWORKS = {
     "strided": (strided, (3, 33, 31)),
     "pools": (Pools, (3, 19, 43)),
     "winograd": (lambda: nn.Sequential(nn.Conv2d(33, 40, 3, padding=1), nn.Conv2d(40, 35, 3, padding=1)), (33, 21, 18)),
+    "stem": (lambda: nn.Sequential(nn.Conv2d(3, 12, 7, 2, 3), nn.ReLU(), nn.Conv2d(12, 8, 3, 1, 1)), (3, 37, 83)),
+    "wide stem": (lambda: nn.Conv2d(4, 9, (8, 6), 2, 8), (4, 9, 270)),
     "rows": (lambda: narrow(1), (16, 14, 14)),
     "shifts": (lambda: narrow(2), (16, 8, 8)),
     "half vectors": (beside, (3, 16, 16)),

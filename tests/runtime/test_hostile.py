@@ -68,7 +68,7 @@ class Everything(nn.Module):
         self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, 2, 1, groups=2)
         self.c, self.d = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding=1)
         self.dw, self.fc = nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Linear(24, 5)
-        self.turn = nn.Linear(4, 8)
+        self.turn, self.wide = nn.Linear(4, 8), nn.Conv2d(3, 9, (3, 7), 2, 3)
         self.stem, self.thin = (
             nn.Conv2d(3, 8, 3, padding=1),
             nn.Conv2d(8, 6, 3, padding=1),
@@ -85,7 +85,8 @@ class Everything(nn.Module):
         tokens = (tokens @ tokens.transpose(1, 2)).softmax(-1) @ tokens
         larger = torch.nn.functional.interpolate(tokens.reshape(-1, 6, 2, 4), scale_factor=2, mode="bilinear")
         beside = self.thin(self.stem(x[:, :, :8, :8]).relu())
-        return self.fc(y).softmax(1), torch.nn.functional.interpolate(larger, size=(5, 7)), beside
+        wide = self.wide(nn.functional.interpolate(x, size=(3, 64)))
+        return self.fc(y).softmax(1), nn.functional.interpolate(larger, size=(5, 7)), beside, wide
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 from espalier.compiler import emit_winograd as winograd
 from espalier.compiler.blocks import LANES_HEIGHT, Choice, choose, choose_conv, choose_groups
 from espalier.compiler.emit import Emitter, fused_activation
+from espalier.compiler.emit_stem import stem
 from espalier.compiler.layout import Place, planes_of
 from espalier.compiler.plan_layout import phases_of
 from espalier.compiler.program import Operand, Step
@@ -37,6 +38,9 @@ def conv(e: Emitter, node: Node) -> None:
         _conv_at_one_pixel(e, node, w, matrices, out)
         return
     assert out.storage is not None
+    if node.name in e.layout.stems:
+        stem(e, node, w, out, e.array(bias))
+        return
     choice = choose_conv(matrices, height, width, width if out.storage.by_rows else out.storage.row_stride)
     b = Operand() if residual is None else _residual(e, residual, out).operand()
     read = e.places[x].storage

@@ -182,6 +182,7 @@ class Layout:
     above: dict[str, str] = field(default_factory=dict)  # union-find over roots: equal row strides
     strided: dict[str, list[Node]] = field(default_factory=dict)  # root of phases -> the convs that read them
     shifted: dict[str, str] = field(default_factory=dict)  # conv -> root of the shifted planes that it reads
+    stems: set[str] = field(default_factory=set)  # convs that read the image as it lies
 
     def storage(self, root: str, times: int = 1) -> Storage:
         """The finished storage of a root, with `times` its channels."""

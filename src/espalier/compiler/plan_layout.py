@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from espalier.compiler.emit_stem import is_stem
 from espalier.compiler.layout import VECTOR, Layout, Root, planes_of
 from espalier.compiler.window import is_depthwise, window
 from espalier.graph.ir import Graph, Node
@@ -95,7 +96,9 @@ def _plan_conv(layout: Layout, node: Node, graph: Graph) -> None:
         layout.roots[str(root)].pixels = True
         if not is_depthwise(graph, node):
             layout.roots[str(root)].planes |= _wants_planes(graph.tensors.get(str(node.inputs[1])))
-    if is_depthwise(graph, node):  # reads planes of any kind, in the arena
+    if is_stem(graph, node):
+        layout.stems.add(node.name)
+    elif is_depthwise(graph, node):  # reads planes of any kind, in the arena
         if home is None and f"{source}/planes" not in layout.roots:
             layout.add(f"{source}/planes", layout.shapes[source])
     elif source in layout.roots and layout.roots[source].sides:

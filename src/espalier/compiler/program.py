@@ -39,6 +39,7 @@ STEP_OPS = {
             "norm",
             "matmul",
             "resize",
+            "stem",
         ),
         start=1,
     )
