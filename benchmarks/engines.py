@@ -201,9 +201,17 @@ def show(row: dict[str, Any]) -> None:
         )
 
 
+def networks(text: str) -> list[str]:
+    """Names of networks, given with commas between them."""
+    for name in text.split(","):
+        if name not in TARGETS:
+            raise argparse.ArgumentTypeError(f"{name!r}: there are {', '.join(TARGETS)}")
+    return text.split(",")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", default=",".join(TARGETS))
+    parser.add_argument("--networks", type=networks, default=list(TARGETS))
     parser.add_argument("--threads", default="1,2,4")
     parser.add_argument("--rivals", default=",".join(RIVALS))
     parser.add_argument("--rounds", type=int, default=20)
@@ -223,7 +231,7 @@ def main() -> None:
         a.results.parent.mkdir(exist_ok=True)
         a.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
-    for name in a.networks.split(","):
+    for name in a.networks:
         for threads in map(int, a.threads.split(",")):
             found = [r for r in results["rows"] if (r["network"], r["threads"]) == (name, threads)]
             if a.again or a.steadier or not found:

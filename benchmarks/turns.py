@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from engines import TARGETS, network
+from engines import TARGETS, network, networks
 
 import espalier as es
 from espalier.runtime.engine import library_path
@@ -117,7 +117,7 @@ def main() -> None:
         "--compiled-for", type=int, help="threads that programs before are meant for; default: both for 1"
     )
     parser.add_argument("--after", type=Path, default=library_path(), help="default: the one that the package uses")
-    parser.add_argument("--networks", default=",".join(TARGETS))
+    parser.add_argument("--networks", type=networks, default=list(TARGETS))
     parser.add_argument("--threads", default="1,4")
     parser.add_argument("--seconds", type=float, default=8.0, help="for each row")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -128,7 +128,7 @@ def main() -> None:
     compiled_for = [1, 1] if a.compiled_for is None else [a.compiled_for, 0]
     threads = [int(count) for count in a.threads.split(",")]
     rows: list[dict[str, Any]] = []
-    for name in a.networks.split(","):
+    for name in a.networks:
         rows += measure(name, threads, builds, compiled_for, a.seconds)
         a.results.write_text(json.dumps({"machine": es.machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
 

@@ -228,7 +228,7 @@ def test_networks_for_telephones(isa, name, cut, check_network) -> None:
 
 @pytest.mark.parametrize("name", mobile.NETWORKS)
 def test_networks_for_telephones_run_on_the_kernels_made_for_them(name) -> None:
-    """Depthwise windows on theirs, a wide stem on its own; phases are gathered for other stems; nothing is left over."""
+    """Depthwise windows and a wide stem on theirs; phases are gathered for other stems; nothing is left to PyTorch."""
     executable = compile(mobile.NETWORKS[name]().eval(), torch.randn(1, 3, 64, 64), threads=1)
     assert executable.fallbacks == ()
     depthwise = [n for n in executable.graph.nodes if n.op == "conv" and n.attrs["conv_groups"] > 16]

@@ -10,6 +10,7 @@ from torch import nn
 
 import espalier as es
 from espalier.compiler import depth_first, row_bands
+from espalier.compiler import lower as lower_module
 from espalier.compiler.lower import lower
 from espalier.compiler.row_bands import Extent
 from espalier.graph import capture
@@ -97,6 +98,22 @@ def test_a_result_that_windows_read_is_not_made_in_bands() -> None:
     )
     steps = lower(capture(network.eval(), torch.randn(1, 8, 32, 32)), 4).steps
     assert not any("scratch" in (step.out.space, step.a.space) for step in steps if step.layer == "conv2d_2")
+
+
+def test_bands_wait_for_tasks_before_them(monkeypatch) -> None:
+    """Steps of tasks whose numbers follow each other are done at once."""
+    seen = []
+
+    def with_a_task_before(steps, threads):
+        first = next(k for k, step in enumerate(steps) if step.op == "depthwise")
+        before = replace(steps[0], task=7, name="before")
+        seen.extend(row_bands.through_rows([before, *steps[first - 1 :]], threads)[0])
+        return row_bands.through_rows(steps, threads)
+
+    monkeypatch.setattr(lower_module, "through_rows", with_a_task_before)
+    lower(capture(Inverted(24).eval(), torch.randn(1, 3, 56, 56)), 2)
+    tasks = [step.task for step in seen]
+    assert tasks[0] == 7 and tasks[1] > 8
 
 
 def test_a_batch_is_shared_by_samples() -> None:

@@ -147,7 +147,7 @@ class Chain:
 def through_rows(steps: Sequence[Step], threads: int) -> tuple[list[Step], dict[str, Storage]]:
     """The same steps, and what the bands' own tensors lie in. Steps that go by rows are there once for every band."""
     done, made = list[Step](), dict[str, Storage]()
-    task = max((step.task for step in steps), default=0) + 1
+    task = max((step.task for step in steps), default=0) + 2  # not done at once with others
     at = 0
     for first, chain in _chains(steps, threads):
         bands = chain.extent.bands(threads)
