@@ -148,10 +148,20 @@ static void run_blocks(const field *f, int64_t first, int64_t upto, const tile_k
         if (s->rows[r] >= 0) zero_margins(s, c, f->out, s->rows[r], begin, end);
 }
 
+/* Columns of the blocks before block i, of all pieces. */
+static int64_t columns_before(const esp_step *s, int64_t i)
+{
+    int64_t count = s->starts[i];
+    for (int64_t k = 1; k < s->param[CONV_PIECES]; k++)
+        count += s->starts[k * s->rows_count + i] - s->starts[k * s->rows_count];
+    return count;
+}
+
 /* Behind block `first`, at most `limit`: where its group ends. */
 static int64_t group_end(const esp_step *s, int64_t first, int64_t limit, int64_t height)
 {
     int64_t upto = first + 1;
+    if (s->param[CONV_PIECES]) return first + PIECE_ROWS < limit ? first + PIECE_ROWS : limit;
     if (!by_rows(&s->out) && first + GROUP_ROWS / height < limit) limit = first + GROUP_ROWS / height;
     while (upto < limit && (s->starts[upto + 1] - s->starts[first]) * height <= GROUP_FLOATS) upto++;
     return upto;
@@ -190,7 +200,7 @@ static cut cut_of(const esp_step *s, int parts)
     const int64_t *p = s->param, length = p[CONV_LENGTH];
     const int sided = sided_of(s), vectors = sided == SIDED_PAIRS ? 2 : 1;
     const int64_t per_segment = divide_up(length, vectors * ESP_WIDTH);
-    const int64_t units = p[CONV_SEGMENTS] * per_segment, blocks = s->starts_count - 1;
+    const int64_t units = p[CONV_SEGMENTS] * per_segment, blocks = s->rows_count / p[CONV_HEIGHT];
     const int64_t wanted = p[CONV_SEGMENTS] == 1 ? divide_up(p[CONV_CHUNK], vectors * ESP_WIDTH)
                                                  : (1 + p[CONV_CHUNK] / length) * per_segment;
     const int64_t bands = s->bands ? parts : bands_of(s, units * vectors, parts);
@@ -218,10 +228,10 @@ static void share_chunks(const cut *c, bool bands, int part, int parts, int64_t 
 /* How many blocks of a chunk, `count` units from `from` on, have their position in the sequence before `position`. */
 static int64_t blocks_before(const esp_step *s, const cut *c, int64_t from, int64_t count, int64_t position)
 {
-    int64_t low = 0, high = s->starts_count - 1;
+    int64_t low = 0, high = s->rows_count / s->param[CONV_HEIGHT];
     while (low < high) {
         const int64_t i = (low + high) / 2;
-        if (from * c->cost + count * (s->starts[i] + 4 * i) < position)
+        if (from * c->cost + count * (columns_before(s, i) + 4 * i) < position)
             low = i + 1;
         else
             high = i;

@@ -11,6 +11,9 @@
 
 enum { LONE_ROWS = ESP_WIDTH == 16 ? 8 : 0 }; /* of tiles that take a lone pixel with them */
 
+/* Rows of a group whose columns come in pieces: so many sums wait. */
+enum { PIECE_ROWS = 128 };
+
 /* Columns ahead of the one worked on whose pixels are fetched meanwhile; and where in a vector: its last float, since a
  * tile's first line is the last of the tile before it. Tiles of fewer rows, or short vectors, wait for loads as it is. */
 enum { AHEAD = 4, FETCHED = ESP_WIDTH - 1, FETCHING_ROWS = ESP_WIDTH == 16 ? 4 : 1 << 30 };
@@ -94,11 +97,42 @@ ESP_INLINE void tile_rows(const int M, const int V, const int how, const bool ad
         finish(M, V, true, add, how == LONE ? PLAIN : how, f, b->rows, acc, at, low, high);
 }
 
+/* Blocks first..upto of one row each, at V vectors of pixels: a piece of the columns of all, then the next. What pixels a
+ * piece reads stays in the nearest cache; the sums wait beside it. */
+ESP_INLINE void tile_pieces(
+    const int V, const int how, const bool add, const field *f, int64_t first, int64_t upto, const spots *at)
+{
+    const esp_step *s = f->step;
+    const int64_t pieces = s->param[CONV_PIECES], blocks = s->rows_count;
+    const float low = s->activation ? s->act_a : -INFINITY, high = s->activation ? s->act_b : INFINITY;
+    vec waiting[PIECE_ROWS][8], acc[8][8];
+    for (int64_t k = 0; k < pieces; k++)
+        for (int64_t i = first; i < upto; i++) {
+            const int64_t row = s->rows[i], start = s->starts[k * blocks + i], end = s->starts[k * blocks + i + 1];
+            const block b = {s->rows + i, s->index + start, s->values + start, end - start};
+            const float bias = s->bias && row >= 0 ? s->bias[row] : 0.0f;
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) acc[0][v] = k ? waiting[i - first][v] : splat(bias);
+            sum_up(1, V, is_run(how), false, f, &b, at, acc, NULL);
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) waiting[i - first][v] = acc[0][v];
+            if (k < pieces - 1) continue;
+            if (how == ANYHOW && !is_clamp(s))
+                finish(1, V, false, add, how, f, b.rows, acc, at, low, high);
+            else
+                finish(1, V, true, add, how, f, b.rows, acc, at, low, high);
+        }
+}
+
 /* Blocks first..upto at V vectors of pixels, M rows at once. */
 ESP_INLINE void tile(
     const int M, const int V, const int how, const bool add, const field *f, int64_t first, int64_t upto, const spots *at)
 {
     const esp_step *s = f->step;
+    if (M == 1 && s->param[CONV_PIECES]) {
+        tile_pieces(V, how, add, f, first, upto, at);
+        return;
+    }
     const int64_t height = M < 4 ? M : f->height;
     const float low = s->activation ? s->act_a : -INFINITY, high = s->activation ? s->act_b : INFINITY;
     for (int64_t i = first; i < upto; i++) {

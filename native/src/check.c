@@ -73,20 +73,21 @@ static bool writable(const esp_program *p, const esp_step *s)
            end <= room(p, o);
 }
 
-/* Row-blocks: counts that agree, ascending starts, rows that exist. */
-static const char *check_blocks(const esp_step *s, int64_t height, int64_t rows)
+/* Row-blocks: counts that agree, ascending starts, rows that exist. pieces: of the columns of each. */
+static const char *check_blocks(const esp_step *s, int64_t height, int64_t rows, int64_t pieces)
 {
-    int64_t blocks = s->starts_count - 1;
+    const int64_t parts = s->starts_count - 1, blocks = parts / pieces;
     if (height != 1 && height != 2 && height != 4 && height != 8 && height != 16 &&
         height != ESP_LANES_HEIGHT)
         return "impossible block height";
-    if (blocks < 0 || blocks > MAX_SIZE || s->rows_count != blocks * height) return "rows and blocks disagree";
+    if (parts < 0 || parts > MAX_SIZE || parts % pieces || s->rows_count != blocks * height)
+        return "rows and blocks disagree";
     if (s->index_count > MAX_SIZE || s->values_count != s->index_count * height) return "values and columns disagree";
     if (s->bias_count != 0 && s->bias_count != rows) return "bias and rows disagree";
     for (int64_t i = 0; i < s->rows_count; i++)
         if (!within(s->rows[i], -1, rows - 1)) return "a row lies outside the output";
-    if (s->starts[0] != 0 || s->starts[blocks] != s->index_count) return "blocks and columns disagree";
-    for (int64_t i = 0; i < blocks; i++)
+    if (s->starts[0] != 0 || s->starts[parts] != s->index_count) return "blocks and columns disagree";
+    for (int64_t i = 0; i < parts; i++)
         if (s->starts[i] > s->starts[i + 1]) return "blocks are out of order";
     return NULL;
 }
@@ -127,7 +128,9 @@ static const char *check_conv(const esp_program *p, const esp_step *s)
         return "impossible segments";
     for (int i = CONV_IN_STRIDE; i <= CONV_RESIDUAL_STRIDE; i++)
         if (!within(s->param[i], 0, MAX_STRIDE)) return "impossible segment stride";
-    const char *problem = check_blocks(s, s->param[CONV_HEIGHT], rows);
+    const int64_t pieces = s->param[CONV_PIECES];
+    if (!within(pieces, 0, MAX_SIZE) || (pieces && s->param[CONV_HEIGHT] != 1)) return "impossible pieces";
+    const char *problem = check_blocks(s, s->param[CONV_HEIGHT], rows, pieces ? pieces : 1);
     if (problem) return problem;
     if (s->param[CONV_HEIGHT] == ESP_LANES_HEIGHT && length > ESP_LANES_PIXELS) return "a segment too long";
     for (int i = 0; i < 3; i++) { /* products, and what goes in and comes out */
@@ -166,7 +169,7 @@ static const char *check_linear(const esp_program *p, const esp_step *s)
         if (!within(s->param[i], 0, MAX_STRIDE)) return "impossible stride";
     if (s->param[LINEAR_OUT_STRIDE] != s->out.stride[2] || s->param[LINEAR_ROW_STRIDE] != s->out.stride[3])
         return "strides disagree";
-    const char *problem = check_blocks(s, s->param[LINEAR_HEIGHT], rows);
+    const char *problem = check_blocks(s, s->param[LINEAR_HEIGHT], rows, 1);
     if (problem) return problem;
     if (!multiply_add(positions - 1, s->param[LINEAR_IN_STRIDE], 0, &reach) || room(p, &s->a) < 0 ||
         !indices_within(p, s, reach))

@@ -94,6 +94,7 @@ enum {
     CONV_CHUNK,    /* pixels worked on at once, so that they stay in the cache */
     CONV_CHANNELS, /* not 0: who reads the output shares out channels, where images are small */
     CONV_SIDES,    /* 0, or: so many floats before and behind the output lie copies of it, a column to either side */
+    CONV_PIECES,   /* 0, or: single rows have their columns in so many pieces, the first of all rows before the second */
 };
 enum {
     LINEAR_HEIGHT = 0,

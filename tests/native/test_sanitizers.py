@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from espalier.compiler import bands, depth_first, emit_winograd, row_bands
+from espalier.compiler import bands, depth_first, emit_blocks, emit_winograd, row_bands
 from espalier.compiler.lower import lower
 from espalier.compiler.program import STEP_OPS
 from espalier.graph.capture import capture
@@ -43,6 +43,14 @@ class Everything(nn.Module):
         w = F.elu(self.far(self.dw(y)))
         w = F.adaptive_avg_pool2d(w, 2) + F.gelu(z[:, :, :2, :2])
         return self.fc(w.flatten(1)).softmax(1), F.log_softmax(z, 1).permute(0, 2, 3, 1)
+
+
+def single_rows() -> nn.Module:
+    """Convolutions whose weights are zero one by one, with more rows than sums wait for in a group."""
+    network = nn.Sequential(nn.Conv2d(24, 131, 3, 1, 1), nn.Conv2d(131, 24, 3, 2, 1)).requires_grad_(False)
+    for conv in network:
+        conv.weight *= torch.rand_like(conv.weight) < 0.1
+    return network
 
 
 def sparse(network: nn.Module, density: float) -> nn.Module:
@@ -133,6 +141,7 @@ NETWORKS = {
     "winograd": (lambda: nn.Sequential(nn.Conv2d(33, 40, 3, padding=1), nn.Conv2d(40, 35, 3, padding=1)), (33, 21, 18)),
     "stem": (lambda: nn.Sequential(nn.Conv2d(3, 12, 7, 2, 3), nn.ReLU(), nn.Conv2d(12, 8, 3, 1, 1)), (3, 37, 83)),
     "wide stem": (lambda: nn.Conv2d(4, 9, (8, 6), 2, 8), (4, 9, 270)),
+    "pieces": (single_rows, (24, 14, 13)),
     "rows": (lambda: narrow(1), (16, 14, 14)),
     "shifts": (lambda: narrow(2), (16, 8, 8)),
     "half vectors": (beside, (3, 16, 16)),
@@ -152,6 +161,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     patch.setattr(depth_first, "LARGE_BYTES", 37_000)
     patch.setattr(row_bands, "_FETCH", 100.0)
     patch.setattr(depth_first, "GROUP_BYTES", 60_000)
+    patch.setattr(emit_blocks, "_PIECE_FLOATS", 2048)
     patch.setattr(emit_winograd, "_BAND_FLOATS", 36 * 64 * 15)
     patch.setattr(emit_winograd, "_TRANSFORM_CYCLES", 0.0)
     patch.setattr(emit_winograd, "_STREAMED_WEIGHT", 0.0)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from espalier.compiler import emit_blocks
 from espalier.compiler.lower import lower
-from espalier.compiler.program import STEP_OPS
+from espalier.compiler.program import STEP_OPS, Program
 from espalier.errors import EngineError
 from espalier.graph.capture import capture
 from espalier.runtime.engine import LoadedProgram
@@ -90,16 +91,24 @@ class Everything(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def program() -> bytes:
+def attacked() -> Program:
     torch.manual_seed(0)
-    return lower(capture(Everything().eval(), torch.randn(2, 3, 11, 11))).to_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emit_blocks, "_PIECE_FLOATS", 512)
+        patch.setattr(emit_blocks, "_LEAST_COLUMNS", 1)
+        return lower(capture(Everything().eval(), torch.randn(2, 3, 11, 11)))
 
 
-def test_every_kind_of_step_is_attacked(program) -> None:
+@pytest.fixture(scope="module")
+def program(attacked) -> bytes:
+    return attacked.to_bytes()
+
+
+def test_every_kind_of_step_is_attacked(attacked, program) -> None:
     kinds = {kernel.split("/")[0] for kernel in LoadedProgram(program).kernels}
     assert kinds == set(STEP_OPS)
-    steps = lower(capture(Everything().eval(), torch.randn(2, 3, 11, 11))).steps
-    assert any(step.op == "conv" and len(step.params) > 8 and step.params[8] for step in steps)
+    convs = [step.params for step in attacked.steps if step.op == "conv" and len(step.params) > 9]
+    assert any(params[8] for params in convs) and any(params[9] for params in convs)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -11,12 +11,16 @@ from espalier.compiler import emit_winograd as winograd
 from espalier.compiler.blocks import LANES_HEIGHT, Choice, choose, choose_conv, choose_groups
 from espalier.compiler.emit import Emitter, fused_activation
 from espalier.compiler.emit_stem import stem
+from espalier.compiler.formats import RowBlocks
 from espalier.compiler.layout import Place, planes_of
 from espalier.compiler.plan_layout import phases_of
 from espalier.compiler.program import Operand, Step
 from espalier.compiler.window import Pair, is_depthwise, window
 from espalier.graph.ir import Node
 
+_PIECE_FLOATS = 8 * 1024  # of what a tile of single rows reads at once: most of the nearest cache
+_WIDEST_TILE = 128  # pixels of such a tile
+_LEAST_COLUMNS = 8  # of a row in a piece: else its sums come and go more than they grow
 _CHUNK_FLOATS = 48 * 1024  # of activations that a chunk reads: they should stay in half of a small L2 cache
 
 
@@ -60,6 +64,11 @@ def conv(e: Emitter, node: Node) -> None:
     sides = out.storage.sides if flat and out.storage.name == node.outputs[0] else 0
     if sides:
         e.sided.add(node.outputs[0])
+    arrays, pieces = _arrays(choice, index, e.array(bias)), 0
+    if groups == 1 and choice.blocks.height == 1:
+        copies = w.shape[3] if shifted else 1  # of the image, a column or more to either side
+        pieces = _pieces(choice.blocks, w.shape, run if flat else width, row_in, copies)
+        arrays |= in_pieces(choice.blocks, arrays["index"], w.shape[1], pieces) if pieces else {}
     e.steps.append(
         Step(
             name=node.name,
@@ -69,12 +78,37 @@ def conv(e: Emitter, node: Node) -> None:
             b=b,
             activation=fused_activation(node),
             front=out.front(),
-            params=(choice.blocks.height, *segments, chunk, int(_read_by_channels(e, node.outputs[0])), sides),
+            params=(choice.blocks.height, *segments, chunk, int(_read_by_channels(e, node.outputs[0])), sides, pieces),
             task=node.attrs.get("task", 0),
-            arrays=_arrays(choice, index, e.array(bias)),
+            arrays=arrays,
             **_facts(node, choice, w),
         )
     )
+
+
+def _pieces(blocks: RowBlocks, shape: tuple[int, ...], run: int, row_stride: int, copies: int) -> int:
+    """In how many pieces of channels single rows take their columns, so that what a tile reads of one stays near; or 0.
+
+    A window of several columns reads the same lines for all of them. run: pixels that a tile may lie in. row_stride: of
+    what it reads. copies: of that, a column apart.
+    """
+    _, channels, high, wide = shape
+    pixels = min(run, _WIDEST_TILE)
+    line = min(high * (pixels + 16), pixels + 16 + (high - 1) * row_stride)  # rows apart, or one behind the other
+    pieces = -(-channels * line * copies // _PIECE_FLOATS)
+    most = min(len(blocks.columns) // (_LEAST_COLUMNS * max(1, blocks.rows)), channels)
+    return min(pieces, most) if high * wide > 1 and min(pieces, most) > 1 else 0
+
+
+def in_pieces(blocks: RowBlocks, index: np.ndarray, channels: int, pieces: int) -> dict[str, np.ndarray]:
+    """Arrays of single rows whose columns come in so many pieces of channels: the first of all rows, then the next."""
+    count = len(blocks.offsets) - 1
+    block = np.repeat(np.arange(count), np.diff(blocks.offsets))
+    channel = blocks.columns.astype(np.int64) * channels // max(1, blocks.columns_total)
+    part = channel * pieces // channels * count + block
+    order = np.argsort(part, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(part, minlength=pieces * count))]).astype(np.int32)
+    return {"starts": starts, "index": index[order], "values": blocks.values[order]}
 
 
 def _read_by_channels(e: Emitter, value: str) -> bool:

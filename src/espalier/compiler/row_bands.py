@@ -196,7 +196,7 @@ def _leads_to(step: Step, window: Step) -> bool:
 def _plain(step: Step) -> bool:
     """Whether a step is a conv by itself, without margins or copies around what it writes."""
     conv = step.op == "conv" and not step.task and not step.bands and step.out.space == "arena"
-    return conv and step.front is None and not any(step.params[8:])
+    return conv and step.front is None and not any(step.params[8:9])
 
 
 def _band(chain: Chain, bands: Sequence[Rows], number: int, task: int, made: dict[str, Storage]) -> list[Step]:
