@@ -15,7 +15,7 @@ from torch import nn
 
 from espalier.densities import Split, split_of
 from espalier.errors import TrainingError
-from espalier.graph import capture, shrink
+from espalier.graph import Graph, capture, shrink
 from espalier.mapping import Targets
 from espalier.methods import Method, get
 from espalier.phases import Job, Outcome
@@ -246,19 +246,20 @@ def _measured(
     """Compile, save and measure: the report. The first process alone does it."""
     original = outcome.original
     path, dense_path = job.work.path / "model.esp", job.work.path / "work" / "dense.esp"
-    save(small, job.example, path)
-    save(original, job.example, dense_path)
+    graph, dense_graph = capture(small, job.example), capture(original, job.example)  # once: it takes its time
+    save(graph, None, path)
+    save(dense_graph, None, dense_path)
     report = {
         "requested": {"density": density, "max_drop": job.max_drop},
-        "dense": _facts(original, job, dense_path),
-        "compressed": _facts(small, job, path),
+        "dense": _facts(original, dense_graph, job, dense_path),
+        "compressed": _facts(small, graph, job, path),
         "drop": {
             "holdout": dataclasses.asdict(outcome.holdout),
             "test": dataclasses.asdict(_test_drop(original, small, job)),
         },
         "phases": outcome.facts,
-        "latency_ms": latencies(original, small, job.example, threads),
-        "sites": [dataclasses.asdict(row) for row in sizes(capture(small, job.example))],
+        "latency_ms": latencies((original, dense_graph), (small, graph), job.example, threads),
+        "sites": [dataclasses.asdict(row) for row in sizes(graph)],
         "machine": {**machine(), "threads": threads},
         "seed": job.seed,
     }
@@ -275,12 +276,12 @@ def _measured(
     return report
 
 
-def _facts(module: nn.Module, job: Job, file: Path) -> dict[str, Any]:
+def _facts(module: nn.Module, graph: Graph, job: Job, file: Path) -> dict[str, Any]:
     accuracy = 100 * evaluate(module, job.data.test).accuracy
     return {
         "accuracy": accuracy,
         "file_bytes": file.stat().st_size,
-        **dataclasses.asdict(size(capture(module, job.example))),
+        **dataclasses.asdict(size(graph)),
     }
 
 

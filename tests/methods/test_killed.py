@@ -16,8 +16,8 @@ from tests.methods.trainer import every, train
 
 def test_every_method_survives_being_killed(tmp_path: Path) -> None:
     moments, killed = random.Random(0), dict.fromkeys(METHODS, 0)
-    context = multiprocessing.get_context("forkserver")  # PyTorch is loaded once, not after every kill
-    context.set_forkserver_preload(["tests.methods.trainer"])
+    context = multiprocessing.get_context("forkserver")  # PyTorch and Fabric are loaded once, not after every kill
+    context.set_forkserver_preload(["tests.methods.trainer", "lightning_fabric"])
     while not all((tmp_path / f"{name}.result").exists() for name in METHODS):
         process = context.Process(target=every, args=(tmp_path,))
         process.start()

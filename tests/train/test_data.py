@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ def test_the_real_hub_package_on_a_local_data_set(tmp_path: Path, monkeypatch: p
 
 
 def test_extras_that_are_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(data_module, "load_digits", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     monkeypatch.setattr(pictures_module, "_datasets", None)
     for name, extra in (("digits", "train"), ("hub:x", "hub")):
         with pytest.raises(MissingExtraError, match=rf"espalier\[{extra}\]"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,6 @@ from torch.nn import functional as F
 
 from espalier.errors import MissingExtraError, TrainingError, UnknownNameError
 from espalier.train import Data, Recipe, Split, build, evaluate, fit, load_data, recalibrate, seed_everything
-from espalier.train import team as team_module
 from espalier.train.recipe import OPTIMIZERS, SCHEDULES
 from tests.train.processes import ran
 
@@ -220,7 +220,7 @@ def test_a_precision_or_device_that_there_is_not(simple: Data) -> None:
 
 
 def test_without_the_extra(simple: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(team_module, "Fabric", None)
+    monkeypatch.setitem(sys.modules, "lightning_fabric", None)
     with pytest.raises(MissingExtraError, match=r"lightning-fabric.*espalier\[train\]"):
         quiet(linear(), simple, Recipe())
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,9 +21,8 @@ from espalier.methods import start
 from espalier.sparsity import Plan
 from espalier.train import Recipe, build, fit, load_data, seed_everything
 from espalier.train.checkpoint import read_checkpoint, write_checkpoint
-from tests.train.trainer import RECIPE, Drifting, data, network, train
+from tests.train.trainer import RECIPE, Drifting, data, network, slowly, train
 
-REPOSITORY = Path(__file__).parents[2]
 STEPS = RECIPE.epochs * data().train.steps(RECIPE.batch_size)
 
 
@@ -155,20 +153,23 @@ def test_a_method_at_work_resumes(method: str, tmp_path: Path) -> None:
 def test_killed_again_and_again(save_every_s: float, tmp_path: Path, whole: dict[str, Any]) -> None:
     """SIGKILL at random moments, that of writing a checkpoint among them."""
     path, result, moments = tmp_path / "run.pt", tmp_path / "result.pt", random.Random(save_every_s)
-    command = [sys.executable, "-m", "tests.train.trainer", str(path), str(result), str(save_every_s)]
+    context = multiprocessing.get_context("forkserver")  # PyTorch and Fabric are loaded once, not after every kill
+    context.set_forkserver_preload(["tests.train.trainer", "lightning_fabric"])
     kills = 0
     for attempt in range(4):
-        process = subprocess.Popen(command, cwd=REPOSITORY)
+        process = context.Process(target=slowly, args=(path, result, save_every_s))
+        process.start()
         seen = path.stat().st_mtime_ns if path.exists() else 0
-        while attempt < 3 and process.poll() is None:  # once it has got on, kill it soon
+        while attempt < 3 and process.is_alive():  # once it has got on, kill it soon
             if path.exists() and path.stat().st_mtime_ns != seen:
                 time.sleep(moments.uniform(0, 0.06))
-                process.send_signal(signal.SIGKILL)
-                kills += process.wait() == -signal.SIGKILL
+                process.kill()
+                process.join()
+                kills += process.exitcode == -signal.SIGKILL
                 read_checkpoint(path)  # whole
             else:
                 time.sleep(0.001)
-        process.wait()
+        process.join()
         if result.exists():
             break
     assert kills >= 1, "the run was over before it could be killed: make it longer"

@@ -1,9 +1,8 @@
-"""A training run that can be killed: python -m tests.train.trainer CHECKPOINT RESULT SAVE_EVERY_S."""
+"""A training run that can be killed."""
 
 from __future__ import annotations
 
 import random
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -75,8 +74,8 @@ def train(checkpoint: Path | None, recipe: Recipe = RECIPE, **options: Any) -> d
     }
 
 
-if __name__ == "__main__":
+def slowly(checkpoint: Path, result: Path, save_every_s: float) -> None:
+    """In a process of its own, with time to kill it, on any machine."""
     torch.set_num_threads(1)
-    Drifting.pause_s = 0.005  # so that there is time to kill it, on any machine
-    made = train(Path(sys.argv[1]), save_every_s=float(sys.argv[3]))
-    torch.save(made, sys.argv[2])
+    Drifting.pause_s = 0.005
+    torch.save(train(checkpoint, save_every_s=save_every_s), result)

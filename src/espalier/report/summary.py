@@ -13,12 +13,17 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from espalier.graph import Graph
 from espalier.report.screen import screen, tell
 from espalier.runtime import bench, compile
 
 
-def latencies(dense: nn.Module, small: nn.Module, example: Tensor, threads: int) -> dict[str, dict[str, float]]:
+def latencies(
+    dense: tuple[nn.Module, Graph], small: tuple[nn.Module, Graph], example: Tensor, threads: int
+) -> dict[str, dict[str, float]]:
     """Milliseconds of dense and compressed network, in PyTorch and in the engine, measured in turns in one run.
+
+    Each is given as a module and as what was captured of it.
 
     Returns ``{"dense": {"torch": .., "engine": ..}, "compressed": {...}}`` with medians and, as ``*_spread``, the
     distance between the quartiles.
@@ -27,9 +32,9 @@ def latencies(dense: nn.Module, small: nn.Module, example: Tensor, threads: int)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for name, module in (("dense", dense), ("compressed", small)):
+        for name, (module, graph) in (("dense", dense), ("compressed", small)):
             candidates[f"{name} torch"] = _eager(module.eval(), example)
-            candidates[f"{name} engine"] = _engine(module, example, threads)
+            candidates[f"{name} engine"] = compile(graph, threads=threads).bind(example)
         timings = bench(candidates)
     finally:
         torch.set_num_threads(before)
@@ -47,10 +52,6 @@ def _eager(module: nn.Module, example: Tensor) -> Callable[[], object]:
             return module(example)
 
     return run
-
-
-def _engine(module: nn.Module, example: Tensor, threads: int) -> Callable[[], object]:
-    return compile(module, example, threads=threads).bind(example)
 
 
 def achieved(report: dict[str, Any]) -> dict[str, Any]:

@@ -6,30 +6,19 @@ example and gives its (first) output, a tensor or an array that the next call ma
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from espalier.errors import MissingExtraError, UnknownNameError
-
-try:  # an optional extra
-    import onnxruntime
-except ImportError:
-    onnxruntime = None
-try:  # an optional extra, without which torch.onnx cannot export
-    import onnxscript
-except ImportError:
-    onnxscript = None  # type: ignore[assignment]
-try:  # an optional extra
-    import openvino
-except ImportError:
-    openvino = None
 
 Rival = Callable[[nn.Module, Tensor, int], Callable[[], object]]
 
@@ -69,10 +58,17 @@ def _in_torch(module: Callable[[Tensor], object], example: Tensor, threads: int)
     return call
 
 
+def _extra(package: str) -> Any:
+    """An optional extra, imported only here: it takes its time, which few need."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise MissingExtraError(package, "rivals") from None
+
+
 def _onnx(module: nn.Module, example: Tensor) -> bytes:
     """The module as ONNX bytes."""
-    if onnxscript is None:
-        raise MissingExtraError("onnxscript", "rivals")
+    _extra("onnxscript")  # without which torch.onnx cannot export
     with _silence():
         program = torch.onnx.export(module.eval(), (example,), dynamo=True, verbose=False)
     assert program is not None
@@ -97,8 +93,7 @@ def _onnxruntime(module: nn.Module, example: Tensor, threads: int) -> Callable[[
 
     Its threads stop spinning when a run is over, so that they do not slow down what is measured next.
     """
-    if onnxruntime is None:
-        raise MissingExtraError("onnxruntime", "rivals")
+    onnxruntime = _extra("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
@@ -124,8 +119,7 @@ def _onnxruntime(module: nn.Module, example: Tensor, threads: int) -> Callable[[
 
 def _openvino(module: nn.Module, example: Tensor, threads: int) -> Callable[[], object]:
     """OpenVINO on the CPU in fp32, with the latency hint, input and output in shared memory."""
-    if openvino is None:
-        raise MissingExtraError("openvino", "rivals")
+    openvino = _extra("openvino")
     core = openvino.Core()
     model = core.read_model(_onnx(module, example))
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}

@@ -14,11 +14,6 @@ from espalier.errors import DataError, MissingExtraError, UnknownNameError
 from espalier.train import files, pictures
 from espalier.train.split import Data, Norm, Split, divide
 
-try:  # an optional extra
-    from sklearn.datasets import load_digits
-except ImportError:
-    load_digits = None
-
 Loaded = tuple[Split, Split, int]  # training set, test set, classes
 SMALLEST_HOLDOUT = 500  # images, as long as they are no more than a quarter
 MNIST_NORM: Norm = ((0.1307,), (0.3081,))
@@ -59,8 +54,10 @@ def load_data(name: str, root: str | Path | None = None, *, holdout: float | Non
 
 
 def _digits(_: str, _root: Path) -> Loaded:
-    if load_digits is None:
-        raise MissingExtraError("scikit-learn", "train")
+    try:
+        from sklearn.datasets import load_digits  # here: an optional extra that takes its time, which few need
+    except ImportError:
+        raise MissingExtraError("scikit-learn", "train") from None
     bunch: Any = load_digits()
     images = torch.from_numpy(np.minimum(bunch.images * 16, 255).astype(np.uint8))[:, None]
     labels = torch.from_numpy(bunch.target.astype(np.int64))

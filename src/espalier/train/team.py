@@ -13,12 +13,6 @@ from torch import Tensor, nn
 
 from espalier.errors import EspalierError, MissingExtraError, TrainingError
 
-try:  # an optional extra
-    from lightning_fabric import Fabric
-    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
-except ImportError:
-    Fabric = None  # type: ignore[assignment,misc]
-
 T = TypeVar("T")
 AGREE_EVERY = 8  # steps after which processes ask each other whether to save or to stop
 
@@ -149,8 +143,10 @@ def launch(processes: Processes, precision: str = "32-true") -> Team:
     >>> launch(Processes(accelerator="cpu")).world
     1
     """
-    if Fabric is None:
-        raise MissingExtraError("lightning-fabric", "train")
+    try:
+        from lightning_fabric import Fabric  # here: an optional extra that takes its time, which training alone needs
+    except ImportError:
+        raise MissingExtraError("lightning-fabric", "train") from None
     told = f"{processes.num_nodes} x {processes.devices} x {processes.accelerator} in {precision}"
     try:
         fabric: Any = Fabric(
@@ -175,6 +171,8 @@ def _part() -> None:
 
 
 def _strategy(processes: Processes) -> Any:
+    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy  # here: as in `launch`
+
     if processes.strategy == "fsdp":
         return ModelParallelStrategy(_share_out, data_parallel_size=processes.world, tensor_parallel_size=1)
     if processes.strategy == "ddp" or processes.world > 1:
