@@ -97,13 +97,13 @@ ESP_INLINE void tile_rows(const int M, const int V, const int how, const bool ad
         finish(M, V, true, add, how == LONE ? PLAIN : how, f, b->rows, acc, at, low, high);
 }
 
-/* Blocks first..upto of one row each, at V vectors of pixels: a piece of the columns of all, then the next. What pixels a
- * piece reads stays in the nearest cache; the sums wait beside it. */
-ESP_INLINE void tile_pieces(
+/* Blocks first..upto of one row each, at V vectors of pixels. Where columns come in pieces, one piece of all, then the
+ * next: what pixels it reads stays in the nearest cache, and the sums wait beside it. */
+ESP_INLINE void tile_singles(
     const int V, const int how, const bool add, const field *f, int64_t first, int64_t upto, const spots *at)
 {
     const esp_step *s = f->step;
-    const int64_t pieces = s->param[CONV_PIECES], blocks = s->rows_count;
+    const int64_t pieces = s->param[CONV_PIECES] ? s->param[CONV_PIECES] : 1, blocks = s->rows_count;
     const float low = s->activation ? s->act_a : -INFINITY, high = s->activation ? s->act_b : INFINITY;
     vec waiting[PIECE_ROWS][8], acc[8][8];
     for (int64_t k = 0; k < pieces; k++)
@@ -114,13 +114,15 @@ ESP_INLINE void tile_pieces(
 #pragma GCC unroll 8
             for (int v = 0; v < V; v++) acc[0][v] = k ? waiting[i - first][v] : splat(bias);
             sum_up(1, V, is_run(how), false, f, &b, at, acc, NULL);
+            if (k < pieces - 1) {
 #pragma GCC unroll 8
-            for (int v = 0; v < V; v++) waiting[i - first][v] = acc[0][v];
-            if (k < pieces - 1) continue;
-            if (how == ANYHOW && !is_clamp(s))
-                finish(1, V, false, add, how, f, b.rows, acc, at, low, high);
-            else
-                finish(1, V, true, add, how, f, b.rows, acc, at, low, high);
+                for (int v = 0; v < V; v++) waiting[i - first][v] = acc[0][v];
+            } else {
+                if (how == ANYHOW && !is_clamp(s))
+                    finish(1, V, false, add, how, f, b.rows, acc, at, low, high);
+                else
+                    finish(1, V, true, add, how, f, b.rows, acc, at, low, high);
+            }
         }
 }
 
@@ -129,8 +131,8 @@ ESP_INLINE void tile(
     const int M, const int V, const int how, const bool add, const field *f, int64_t first, int64_t upto, const spots *at)
 {
     const esp_step *s = f->step;
-    if (M == 1 && s->param[CONV_PIECES]) {
-        tile_pieces(V, how, add, f, first, upto, at);
+    if (M == 1) {
+        tile_singles(V, how, add, f, first, upto, at);
         return;
     }
     const int64_t height = M < 4 ? M : f->height;
