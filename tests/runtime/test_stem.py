@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from espalier.compiler import emit_stem
+from espalier.compiler import emit_stem, window
 from espalier.runtime.executable import compile
 
 
@@ -22,7 +22,7 @@ def reads_as_it_lies(executable) -> bool:
 @pytest.fixture(autouse=True)
 def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also over images where vectors are nearly empty."""
-    monkeypatch.setattr(emit_stem, "_PIXELS", 1)
+    monkeypatch.setattr(window, "STEM_PIXELS", 1)
 
 
 @pytest.mark.parametrize("width", [7, 16, 112, 127, 128, 129, 130, 224, 255, 258, 263, 300])

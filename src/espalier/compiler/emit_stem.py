@@ -14,30 +14,13 @@ from __future__ import annotations
 import numpy as np
 
 from espalier.compiler.emit import Emitter, fused_activation
-from espalier.compiler.layout import Place, planes_of
+from espalier.compiler.layout import Place
 from espalier.compiler.window import window
-from espalier.graph.ir import Graph, Node
+from espalier.graph.ir import Node
 
 _POINTS = (0.5, -0.5, 1.0, -1.0, 2.0, -2.0)  # and infinity, as in the kernel
 _TAPS, _TILE = 4, 4  # of the even and the odd columns; pixels
-_CHANNELS, _WINDOW, _HEIGHT = 4, 8, 8  # as in native/src/program.h
-_COLUMNS = 6  # of a window, from which products are saved: 14 for 4 pixels of a row instead of 24
-_PIXELS = 32  # of a row of the output, from which vectors of tiles are filled
-_DENSE = 0.7  # density of weights below which row-blocks are faster
-
-
-def is_stem(graph: Graph, node: Node) -> bool:
-    """Whether a conv is faster this way: few channels, a wide window at stride 2, dense weights, and no residual."""
-    weight = graph.tensors.get(str(node.inputs[1]))
-    if node.op != "conv" or weight is None or weight.dim() != 4 or any(n is not None for n in node.inputs[3:]):
-        return False
-    filters, channels, high, wide = weight.shape
-    stride, padding, dilation = window(node)
-    fits = node.attrs["conv_groups"] == 1 and stride == (2, 2) and dilation == (1, 1) and max(padding) <= _WINDOW
-    if not fits or channels > _CHANNELS or high > _WINDOW or not _COLUMNS <= wide <= _WINDOW or filters < _HEIGHT:
-        return False
-    _, _, width = planes_of(tuple(graph.values[node.outputs[0]].shape[1:]))
-    return width >= _PIXELS and int(weight.count_nonzero()) >= _DENSE * weight.numel()
+_HEIGHT = 8  # filters of a block, as in native/src/program.h
 
 
 def stem(e: Emitter, node: Node, w: np.ndarray, out: Place, bias: np.ndarray | None) -> None:

@@ -8,9 +8,8 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from espalier.compiler.emit_stem import is_stem
 from espalier.compiler.layout import VECTOR, Layout, Root, planes_of
-from espalier.compiler.window import is_depthwise, window
+from espalier.compiler.window import STEM_CHANNELS, is_depthwise, is_stem, window
 from espalier.graph.ir import Graph, Node
 
 _FEW_PIXELS = 64  # of an image that is worth a copy for every column of a window
@@ -190,7 +189,7 @@ def _pays(layout: Layout, node: Node, windows: Sequence[Node]) -> bool:
     shape = layout.shapes[name]
     if node.op != "conv" or layout.home.get(name) != (name, 0) or len(shape) != 3 or not _fill_vectors(shape):
         return False
-    stem = graph.values[str(node.inputs[1])].shape[1] <= _STEM
+    stem = graph.values[str(node.inputs[1])].shape[1] <= STEM_CHANNELS  # too few for Winograd
     if not _clamped(node) or is_depthwise(graph, node) or not (stem or not _moves_by_one(node) or _sparse(graph, node)):
         return False  # dense ones at stride 1 are better done by Winograd
     if not all(_three_columns(n, graph) for n in windows):
@@ -211,7 +210,6 @@ def _fill_vectors(shape: tuple[int, ...]) -> bool:
     return whole and height > 1 and 3 * channels * (height + 2) * width <= _SIDED_FLOATS
 
 
-_STEM = 4  # channels that a stem reads: too few for Winograd
 _BLIND = ("conv", "add", "adaptive_avg_pool", "mean", "pad")  # they read no margins
 _ALIGNED, _STORES = 0.1, 6  # share of the time that whole cache lines save; what two more stores cost, in products
 

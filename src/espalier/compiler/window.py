@@ -1,10 +1,14 @@
-"""Window: how a convolution's window moves over the image, and which convolutions are depthwise."""
+"""Window: how a convolution's window moves over the image, and which convolutions are depthwise or a wide stem."""
 
 from __future__ import annotations
 
 from espalier.graph.ir import Graph, Node
 
 MAX_MULTIPLIER = 4  # output channels per input channel; with more, rows of one block share loads and win
+STEM_CHANNELS, STEM_WINDOW = 4, 8  # of a stem at most: channels, rows and columns; as in native/src/program.h
+STEM_FILTERS, STEM_COLUMNS = 8, 6  # and at least, from which products are saved: 14 for 4 pixels of a row instead of 24
+STEM_PIXELS = 32  # of a row of its output, from which vectors of tiles are filled
+STEM_DENSE = 0.7  # density of its weights below which row-blocks are faster
 
 Pair = tuple[int, int]
 
@@ -23,3 +27,18 @@ def is_depthwise(graph: Graph, node: Node) -> bool:
     groups = node.attrs["conv_groups"]
     pixels = out[-1] * (out[-2] if len(out) > 3 else 1)
     return groups > 1 and weight[1] == 1 and weight[0] <= MAX_MULTIPLIER * groups and pixels > 1
+
+
+def is_stem(graph: Graph, node: Node) -> bool:
+    """Whether a conv node runs on the kernel for stems: few channels, a wide window at stride 2, dense weights, and no residual."""
+    weight = graph.tensors.get(str(node.inputs[1]))
+    if node.op != "conv" or weight is None or weight.dim() != 4 or any(n is not None for n in node.inputs[3:]):
+        return False
+    filters, channels, high, wide = weight.shape
+    stride, padding, dilation = window(node)
+    plain = node.attrs["conv_groups"] == 1 and stride == (2, 2) and dilation == (1, 1) and max(padding) <= STEM_WINDOW
+    fits = channels <= STEM_CHANNELS and high <= STEM_WINDOW and STEM_COLUMNS <= wide <= STEM_WINDOW
+    if not (plain and fits) or filters < STEM_FILTERS:
+        return False
+    width = graph.values[node.outputs[0]].shape[-1]
+    return width >= STEM_PIXELS and int(weight.count_nonzero()) >= STEM_DENSE * weight.numel()
