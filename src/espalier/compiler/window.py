@@ -30,7 +30,7 @@ def is_depthwise(graph: Graph, node: Node) -> bool:
 
 
 def is_stem(graph: Graph, node: Node) -> bool:
-    """Whether a conv node runs on the kernel for stems: few channels, a wide window at stride 2, dense weights, and no residual."""
+    """Whether a conv node runs on the kernel for stems: few channels, a wide dense window at stride 2, no residual."""
     weight = graph.tensors.get(str(node.inputs[1]))
     if node.op != "conv" or weight is None or weight.dim() != 4 or any(n is not None for n in node.inputs[3:]):
         return False
